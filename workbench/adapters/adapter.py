@@ -1,0 +1,82 @@
+"""What an adapter is: a rule on the input and output of one layer, and the same rule on its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import CheckpointError, MergeError
+
+
+class Adapter(nn.Module):
+    """Everything that one adapter holds on one layer.
+
+    A method overrides what it needs. Several active adapters fold in order: the last one sees the layer's input first
+    and its output last, and `merged` is applied to the weights in the same order, so stacks agree if each method agrees
+    with itself.
+
+    Attributes:
+        views: names that users reach as `layer.<name>[adapter]`, e.g. `layer.lora_A["default"].weight`.
+        prefix: what stands between the module's path and the parameter's name in a checkpoint key.
+        replaces: the adapter computes the output itself (`replace`) and neither the base layer nor what lies below
+            runs.
+        mergeable: whether `merged` exists.
+        upcast: whether half-precision parameters are kept in float32 (`autocast_adapter_dtype`).
+    """
+
+    views: ClassVar[tuple[str, ...]] = ()
+    prefix: str = ""
+    replaces: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
+    upcast: ClassVar[bool] = True
+
+    def pre(self, x: Tensor) -> Tensor:
+        """Map the layer's input."""
+        return x
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """Map the layer's output `y`; `x` is the input before `pre`."""
+        return y
+
+    def replace(self, *args: Any, **kwargs: Any) -> Any:
+        """The output itself, for adapters with `replaces`."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same map on the canonical weight `(out, in, *kernel)` and the bias `(out,)`, in their dtype.
+
+        Raises:
+            MergeError: the rule cannot be written as weights.
+        """
+        raise MergeError(f"{type(self).__name__} cannot be merged into the base weights.")
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by their name in it, without the module's path."""
+        return {self.prefix + name: tensor for name, tensor in self.state_dict().items()}
+
+    def load(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        """Copy checkpoint tensors in; parameters on the meta device take their place.
+
+        Raises:
+            CheckpointError: a tensor has another shape.
+        """
+        places = {}
+        for name, tensor in tensors.items():
+            owner_name, _, leaf = name.removeprefix(self.prefix).rpartition(".")
+            places[name] = owner, leaf = self.get_submodule(owner_name), leaf
+            own = getattr(owner, leaf)
+            if own.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{path}.{name} has shape {tuple(tensor.shape)} in the file but {tuple(own.shape)} here: "
+                    "the adapter was made for another base model, or with another configuration."
+                )
+        for name, (owner, leaf) in places.items():
+            own = getattr(owner, leaf)
+            if own.is_meta:
+                setattr(owner, leaf, nn.Parameter(tensors[name].clone(), requires_grad=own.requires_grad))
+            else:
+                with torch.no_grad():
+                    own.copy_(tensors[name])

@@ -1,0 +1,121 @@
+"""`PeftConfig`, the base of every method's configuration, and `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from workbench.errors import CheckpointError, ConfigError
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_VERSION = "0.21.2"  # the version of the file format that is written
+
+
+class TaskType(StrEnum):
+    """What the adapted model is used for; decides the task head and what `PeftModel` adds to it."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter configuration holds.
+
+    Args:
+        task_type: one of `TaskType`, or None for a model of one's own.
+        base_model_name_or_path: hub id or folder of the base model, filled in when the adapter is saved.
+        revision: the base model's revision.
+        inference_mode: whether the adapter's parameters are frozen.
+        auto_mapping: class and library of a base model that has no task type.
+        peft_version: version of the file format.
+    """
+
+    peft_type: ClassVar[str | None] = None
+    # peft fields that hold a value while switched off, so that files written by peft load without complaint
+    inert_fields: ClassVar[frozenset[str]] = frozenset()
+    # our own fields, written only when used, so that a file without them is peft's to the letter
+    extension_fields: ClassVar[frozenset[str]] = frozenset()
+
+    task_type: TaskType | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            known = [t.value for t in TaskType]
+            if self.task_type not in known:
+                raise ConfigError(
+                    f"Invalid task type: '{self.task_type}'. Must be one of: {', '.join(known)}.", "task_type"
+                )
+            self.task_type = TaskType(self.task_type).value
+        self.peft_version = self.peft_version or PEFT_VERSION
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method adds virtual tokens instead of changing layers."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values, `peft_type` included."""
+        unused = {name for name in self.extension_fields if getattr(self, name) is None}
+        return {"peft_type": self.peft_type} | {k: v for k, v in asdict(self).items() if k not in unused}
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into a folder, which is made if need be."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
+    ) -> PeftConfig:
+        """Read a configuration from a folder or a hub repository; the file's `peft_type` decides the class.
+
+        Raises:
+            CheckpointError: no readable `adapter_config.json`, or a method that is not known here.
+            ConfigError: the file uses an option that is not implemented here.
+        """
+        from .checkpoint import locate
+        from .registry import by_peft_type
+
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **hub)
+        try:
+            values = json.loads(Path(path).read_text())
+            peft_type = values.pop("peft_type")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not an adapter configuration: {error!r}") from error
+        return by_peft_type(peft_type).config.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PeftConfig:
+        """Build from plain values. Options of peft that are off are skipped, those in use must be known here."""
+        known = {f.name for f in fields(cls)}
+        unknown = {k: v for k, v in values.items() if k not in known and v and k not in cls.inert_fields}
+        if unknown:
+            raise ConfigError(
+                f"The adapter was made with {unknown}, which {cls.__name__} does not implement; loading it without "
+                "would give other outputs than it was trained for."
+            )
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def name_set(value: Any, field: str) -> Any:
+    """Module names as a set, a regular expression as it is; refuses anything else."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value):
+        return set(value)
+    raise ConfigError(f"{field} must be a list of module names or one regular expression, not {value!r}.", field)

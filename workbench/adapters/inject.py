@@ -1,0 +1,285 @@
+"""Finding the layers that a configuration means, and putting adapters on them: first everything is matched and built,
+then the model is changed, so a refused configuration leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from workbench.errors import ConfigError, TargetError
+
+from . import base_ops
+from .adapter import Adapter
+from .config import PeftConfig, TaskType, name_set
+from .methods.modules_to_save import ModulesToSave
+from .methods.trainable_tokens import TiedTokens, TrainableTokens, TrainableTokensConfig, check_indices
+from .registry import Method, by_peft_type
+from .tuner_layer import AdapterState, TunerLayer
+
+HEADS = ("classifier", "score")  # how transformers names the heads of classification models
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of the base model: its path without wrappers, what holds it, and itself (bare, without wrapper)."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    module: base_ops.Layer
+
+    @property
+    def wrapper(self) -> TunerLayer | None:
+        """The wrapper that stands there already, if any."""
+        held = getattr(self.parent, self.name)
+        return held if isinstance(held, TunerLayer) else None
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every module of the base model, each under every path that leads to it, looking through wrappers."""
+
+    def walk(parent: nn.Module, prefix: str) -> Iterator[Site]:
+        for name, child in parent.named_children():
+            bare = child.base_layer if isinstance(child, TunerLayer) else child
+            site = Site(f"{prefix}{name}", parent, name, bare)
+            yield site
+            yield from walk(bare, f"{site.path}.")
+
+    return walk(model, "")
+
+
+def named(path: str, names: Any) -> bool:
+    """Whether a path is meant by names: one regular expression for whole paths, or exact names and suffixes."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def layer_index(path: str, patterns: list[str] | str | None) -> int | None:
+    """The number of the transformer layer that a module lies in; the first number counts, not that of an expert."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns or [r"[^.]*"]:
+        prefix = r"(?:^|.*?\.)" if patterns else r".*?\."
+        match = re.match(rf"{prefix}{pattern}\.(\d+)\.", path)
+        if match:
+            return int(match[1])
+    return None
+
+
+def is_target(config: Any, path: str) -> bool:
+    """Whether the configuration names this module as a target and does not exclude it."""
+    if config.target_modules is None:
+        return False
+    if getattr(config, "exclude_modules", None) and named(path, config.exclude_modules):
+        return False
+    saved = getattr(config, "modules_to_save", None) or ()
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in saved):
+        return False
+    if not named(path, config.target_modules):
+        return False
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == [] or path in config.target_modules:
+        return True
+    return layer_index(path, config.layers_pattern) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
+    """Paths of all linear layers but the output layer, or the head of a classification model."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(output, TunerLayer):
+        output = output.base_layer
+    heads = (
+        {head for head in HEADS if hasattr(model, head)} if output is None and task_type == TaskType.SEQ_CLS else set()
+    )
+    return {
+        site.path
+        for site in sites(model)
+        if isinstance(site.module, (nn.Linear, Conv1D)) and site.module is not output and site.path not in heads
+    }
+
+
+def fill_defaults(config: Any, method: Method, model: nn.Module) -> None:
+    """Set what the configuration leaves to the architecture: target modules, their defaults, and "all-linear"."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    targets = getattr(config, "target_modules", None)
+    if isinstance(config, TrainableTokensConfig):
+        if targets is None:
+            config.target_modules = name_set([input_embedding(model).path], "target_modules")
+    elif targets is None:
+        if model_type not in method.targets:
+            raise TargetError(
+                "Please specify `target_modules` in `peft_config`: there is no default for "
+                f"{model_type or type(model).__name__}. The model has {suggestions(model, method)}.",
+                "target_modules",
+            )
+        config.target_modules = name_set(method.targets[model_type], "target_modules")
+    elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        config.target_modules = all_linear(model, config.task_type)
+    if hasattr(config, "fill_defaults"):
+        config.fill_defaults(model_type)
+
+
+def input_embedding(model: Any) -> Site:
+    """Where the model's input embedding lies."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if isinstance(embedding, TunerLayer):
+        embedding = embedding.base_layer
+    for site in sites(model):
+        if site.module is embedding or (embedding is None and site.name == "embed_tokens"):
+            return site
+    raise TargetError(
+        "The model has no input embedding that can be found; name it in `target_modules`.", "target_modules"
+    )
+
+
+def tied_layers(model: nn.Module, embedding: base_ops.Layer) -> list[Site]:
+    """The other layers that share the weight of an embedding, in models that declare them tied."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not (getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)):
+        return []
+    return [
+        site
+        for site in sites(model)
+        if isinstance(site.module, (nn.Linear, nn.Embedding))
+        and site.module.weight is embedding.weight
+        and site.module is not embedding
+    ]
+
+
+def suggestions(model: nn.Module, method: Method) -> str:
+    """Names that would match, for an error message."""
+    names = {
+        site.name for site in sites(model) if base_ops.kind_of(site.module) in method.kinds and not site.name.isdigit()
+    }
+    return ", ".join(sorted(names)[:20]) or "no layer that this method can adapt"
+
+
+def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
+    """The modules that a configuration means, each with what is put there: "target", "tokens" or "save".
+
+    Fills in the configuration's architecture defaults. Changes nothing in the model.
+
+    Raises:
+        TargetError: nothing matches, or a match is of a kind that the method cannot adapt.
+        ConfigError: a default is missing, or one module is meant twice.
+    """
+    method = by_peft_type(config.peft_type)
+    fill_defaults(config, method, model)
+    everything = list(sites(model))
+    targets = [site for site in everything if is_target(config, site.path)]
+    for site in targets:
+        if base_ops.kind_of(site.module) not in method.kinds:
+            raise TargetError(
+                f"Target module {site.path} is a {type(site.module).__name__}, which {method.title} is not "
+                f"supported on "
+                f"(it adapts {', '.join(sorted(method.kinds))}). The model has {suggestions(model, method)}.",
+                "target_modules",
+            )
+    if not targets:
+        raise TargetError(
+            f"Target modules {config.target_modules} not found in the base model"
+            f"{_narrowed(config)}. The model has {suggestions(model, method)}.",
+            "target_modules",
+        )
+    found = [(site, "target") for site in unique(targets)]
+    taken = {id(site.module) for site in targets}
+
+    for name in token_targets(model, config):
+        matched = [s for s in everything if s.path.endswith(name) and base_ops.kind_of(s.module) in TOKEN_KINDS]
+        if not matched:
+            raise TargetError(
+                f"Target modules {name!r} of trainable_token_indices not found in the base model.",
+                "trainable_token_indices",
+            )
+        if any(id(s.module) in taken for s in matched):
+            raise ConfigError(
+                f"{name} is meant by `target_modules` and by `trainable_token_indices`; adapt it in one way only.",
+                "trainable_token_indices",
+            )
+        found += [(site, "tokens") for site in unique(matched)]
+        taken |= {id(s.module) for s in matched}
+
+    saved = getattr(config, "modules_to_save", None) or ()
+    for site in unique([s for s in everything if any(s.path.endswith(suffix) for suffix in saved)]):
+        if id(site.module) in taken:
+            raise ConfigError(
+                f"{site.path} is in `modules_to_save` and adapted as well; choose one.", "modules_to_save"
+            )
+        found.append((site, "save"))
+    return found
+
+
+TOKEN_KINDS = {base_ops.EMBEDDING, base_ops.LINEAR}
+
+
+def _narrowed(config: Any) -> str:
+    limits = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    used = [f"{name}={getattr(config, name)!r}" for name in limits if getattr(config, name, None)]
+    return f" (with {', '.join(used)})" if used else ""
+
+
+def unique(found: list[Site]) -> list[Site]:
+    """The first site of each module."""
+    return list({id(site.module): site for site in reversed(found)}.values())[::-1]
+
+
+def token_targets(model: nn.Module, config: PeftConfig) -> dict[str, list[int]]:
+    """`trainable_token_indices` as a dict from module name to ids."""
+    indices = getattr(config, "trainable_token_indices", None)
+    if indices is None:
+        return {}
+    targets = indices if isinstance(indices, dict) else {input_embedding(model).path: indices}
+    for ids in targets.values():
+        check_indices(ids, "trainable_token_indices")
+    return targets
+
+
+def build(model: nn.Module, config: PeftConfig, low_cpu_mem_usage: bool = False) -> list[tuple[Site, Adapter]]:
+    """Plan, and make every adapter, without touching the model.
+
+    Raises:
+        AdapterError: as `plan`, or a method refuses a layer.
+    """
+    method = by_peft_type(config.peft_type)
+    tokens = token_targets(model, config)
+    made: list[tuple[Site, Adapter]] = []
+    with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+        for site, role in plan(model, config):
+            if role == "save":
+                made.append((site, ModulesToSave(site.module)))
+                continue
+            if role == "target":
+                adapter = method.adapter(site.module, config, site.path)
+            else:
+                indices = next(ids for name, ids in tokens.items() if site.path.endswith(name))
+                adapter = TrainableTokens(site.module, TrainableTokensConfig(token_indices=indices), site.path)
+                adapter.prefix = "token_adapter."
+            made.append((site, adapter))
+    for site, adapter in list(made):
+        if isinstance(adapter, TrainableTokens) and isinstance(site.module, nn.Embedding):
+            tied = [
+                s for s in tied_layers(model, site.module) if not any(s.module is other.module for other, _ in made)
+            ]
+            made += [(s, TiedTokens(adapter, s.module)) for s in tied]
+    return made
+
+
+def inject(model: nn.Module, state: AdapterState, name: str, made: list[tuple[Site, Adapter]]) -> None:
+    """Put built adapters on the model, wrapping layers that have no wrapper yet."""
+    for site, adapter in made:
+        wrapper = site.wrapper
+        if wrapper is None:
+            wrapper = TunerLayer(site.module, state)
+            wrapper.train(site.module.training)
+            setattr(site.parent, site.name, wrapper)
+        wrapper.add(name, adapter)

@@ -1,0 +1,104 @@
+"""(IA)3: a learned factor for each output of a layer, or for each input of a feed-forward layer
+(Liu et al. 2022, arXiv:2205.05638, section 3.3)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import ConfigError
+
+from .. import base_ops, defaults
+from ..adapter import Adapter
+from ..config import PeftConfig, name_set
+
+KINDS = frozenset({base_ops.LINEAR, base_ops.CONV1D, base_ops.CONV2D})
+
+
+@dataclass
+class IA3Config(PeftConfig):
+    """Configuration of (IA)3.
+
+    Args:
+        target_modules: names or suffixes of the modules to adapt, a regular expression for whole names, or
+            "all-linear"; by default those usual for the architecture.
+        exclude_modules: names, suffixes or a regular expression of modules to leave alone.
+        feedforward_modules: those of the target modules whose input is scaled instead of their output; [] for none.
+        fan_in_fan_out: the layer stores its weight as (in, out); set for `Conv1D` by itself.
+        modules_to_save: modules that train as a whole and are saved with the adapter.
+        init_ia3_weights: start with factors of one; otherwise random.
+    """
+
+    peft_type: ClassVar[str] = "IA3"
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = name_set(self.target_modules, "target_modules")
+        self.exclude_modules = name_set(self.exclude_modules, "exclude_modules")
+        self.feedforward_modules = name_set(self.feedforward_modules, "feedforward_modules")
+        if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
+            extra = sorted(self.feedforward_modules - self.target_modules)
+            if extra:
+                raise ConfigError(
+                    f"`feedforward_modules` should be a subset of `target_modules`, which lacks {extra}.",
+                    "feedforward_modules",
+                )
+
+    def fill_defaults(self, model_type: str | None) -> None:
+        """Set `feedforward_modules` to those usual for the architecture."""
+        if self.feedforward_modules is None:
+            if model_type not in defaults.IA3_FEEDFORWARD:
+                raise ConfigError(
+                    "Please specify `feedforward_modules` in `peft_config` ([] for none).", "feedforward_modules"
+                )
+            self.feedforward_modules = name_set(defaults.IA3_FEEDFORWARD[model_type], "feedforward_modules")
+
+    def is_feedforward(self, path: str) -> bool:
+        """Whether the module at this path is one of the feed-forward modules."""
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, path) is not None
+        return any(path.endswith(name) for name in self.feedforward_modules or ())
+
+
+class IA3(Adapter):
+    """`ia3_l` scales the input (`(1, in)`) of a feed-forward layer, the output (`(out, 1)`) of any other."""
+
+    views = ("ia3_l", "is_feedforward")
+
+    def __init__(self, layer: base_ops.Layer, config: IA3Config, path: str):
+        super().__init__()
+        self.is_feedforward = config.is_feedforward(path)
+        inner, out = base_ops.features(layer)
+        size = inner if self.is_feedforward else out
+        if base_ops.channels_last(layer):
+            self.factor_shape: tuple[int, ...] = (size,)
+            stored: tuple[int, ...] = (1, size) if self.is_feedforward else (size, 1)
+        else:
+            self.factor_shape = stored = (1, size, 1, 1)
+        self.ia3_l = nn.Parameter(torch.randn(stored))
+        if config.init_ia3_weights:
+            nn.init.ones_(self.ia3_l)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return (x * self.ia3_l.view(self.factor_shape)).to(x.dtype) if self.is_feedforward else x
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.is_feedforward else y * self.ia3_l.view(self.factor_shape)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factor = self.ia3_l.flatten().to(weight.dtype)
+        tail = (1,) * (weight.dim() - 2)
+        if self.is_feedforward:
+            return weight * factor.view(1, -1, *tail), bias
+        return weight * factor.view(-1, 1, *tail), None if bias is None else bias * factor

@@ -1,0 +1,32 @@
+"""Modules to save: a copy of a whole module trains in the original's place, e.g. a new task head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+
+
+class ModulesToSave(Adapter):
+    """A trainable copy of the module; checkpoint keys are those of the module itself."""
+
+    views = ("modules_to_save",)
+    replaces = True
+    mergeable = False
+    upcast = False
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.modules_to_save = copy.deepcopy(module)
+
+    def replace(self, *args: Any, **kwargs: Any) -> Any:
+        return self.modules_to_save(*args, **kwargs)
+
+    def saved(self) -> dict[str, Tensor]:
+        return dict(self.modules_to_save.state_dict())
+
+    def load(self, tensors: Any, path: str) -> None:
+        super().load({f"modules_to_save.{name}": tensor for name, tensor in tensors.items()}, path)

@@ -1,0 +1,1 @@
+"""The study: its file, its search space and its run."""

@@ -1,0 +1,1 @@
+"""What was measured: MLflow runs, and tables made from them."""

@@ -1,0 +1,1 @@
+"""Data, metrics and the training loop: one or more adapters on one frozen base."""
