@@ -51,7 +51,8 @@ class PeftModel(nn.Module):
         super().__init__()
         peft_config = add_head(peft_config)
         self.base_model = Tuner(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # a checkpointed block gives no gradients at all if nothing that enters it requires one
             model.enable_input_require_grads()  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:

@@ -1,0 +1,204 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from workbench.errors import StudyError, WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.sweep.stores import Stores
+
+app = typer.Typer(
+    help="Find the best parameter-efficient fine-tuning method for a model, a data set and a memory budget.",
+    epilog="Start with: workbench sweep studies/quickstart.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+StudyFile = Annotated[Path, typer.Argument(help="A study file, e.g. studies/quickstart.yaml.", show_default=False)]
+Home = Annotated[
+    Path,
+    typer.Option(envvar="WORKBENCH_HOME", help="Folder of the embedded stores: Optuna's, MLflow's, artifacts, caches."),
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="An MLflow server, in place of the embedded store.")
+]
+Storage = Annotated[
+    str | None, typer.Option(envvar="WORKBENCH_STORAGE", help="Optuna's storage URL, in place of the embedded store.")
+]
+RUNS = Path("runs")
+PLAIN_WIDTH = 160  # columns of a table that goes to a file or a log
+
+
+@app.command()
+def sweep(
+    study: StudyFile,
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+    storage: Storage = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials in all, in place of the file's budget.trials.")
+    ] = None,
+) -> None:
+    """Run a study: search methods and hyperparameters, train each trial, rank them.
+
+    The same command goes on where a study was stopped, by Ctrl-C or a crash; a finished study says so.
+    """
+    from rich.console import Console
+
+    from workbench.sweep.display import Display
+    from workbench.sweep.run import sweep as run
+    from workbench.sweep.spec import load_study
+    from workbench.tracking import frames
+    from workbench.tracking.leaderboard import leaderboard, outcomes, ranked
+
+    loaded = load_study(study)
+    if trials is not None:
+        loaded = loaded.model_copy(update={"budget": loaded.budget.model_copy(update={"trials": trials})})
+    where = stores(home, tracking_uri, storage)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    with Display(loaded, console).open() as display:
+        try:
+            run(loaded, where, display)
+        except KeyboardInterrupt:
+            display.say("stopped; nothing is lost: the same command goes on from here")
+            raise typer.Exit(130) from None
+    table, objective = frames.trials(where.tracking, loaded.name), loaded.objective
+    console.print(leaderboard(table, loaded.name, objective.metric, objective.goal))
+    display.say(f"{len(table)} trials: {outcomes(table)}")
+    winner = ranked(table, objective.goal).iloc[0]
+    if winner["outcome"] != "complete":
+        display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
+        raise typer.Exit(1)
+    stored = "" if home == RUNS else f" --home {home}"
+    display.say(
+        f"\nBest: trial {winner['number']}, {objective.metric} {winner['objective']:.4f}. Next:\n"
+        f"  workbench dashboard{stored}            compare the trials in a browser\n"
+        f"  workbench show {loaded.name}{stored}    this table again\n"
+        f"  workbench validate {study}             check the file after changing it, then sweep again under a new name"
+    )
+
+
+@app.command()
+def validate(study: StudyFile) -> None:
+    """Check a study file; list every problem with its line and column."""
+    from workbench.sweep.space import combinations
+    from workbench.sweep.spec import load_study
+
+    loaded = load_study(study)
+    number = combinations(loaded)
+    size = "continuous" if number is None else f"{number:,} configurations"
+    typer.echo(f"{study} is right: study {loaded.name}, methods {', '.join(loaded.methods)}, search space {size}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of study files, for editors that check and complete YAML."""
+    from workbench.sweep.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show the fields of this method.", show_default=False)] = None,
+) -> None:
+    """List the methods, or the fields that a study can set and search for one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from workbench.adapters import METHODS
+    from workbench.sweep.domains import did_you_mean
+    from workbench.sweep.fields import fields
+
+    if name is None:
+        table = Table("method", "name in files", "adapts", "fields")
+        for method in METHODS.values():
+            own = [field.name for field in fields(method.name).values() if not field.training]
+            table.add_row(method.name, method.config.peft_type, ", ".join(sorted(method.kinds)), ", ".join(own))
+    elif name not in METHODS:
+        hint = did_you_mean(name, METHODS) or f"known: {', '.join(METHODS)}"
+        raise WorkbenchError(f"There is no method {name!r} ({hint}).")
+    else:
+        table = Table("field", "what it is", title=METHODS[name].title, title_justify="left")
+        for field in fields(name).values():
+            table.add_row(field.name, field.description)
+    Console().print(table)
+
+
+@app.command()
+def show(
+    study: Annotated[str, typer.Argument(help="A study's name.", show_default=False)],
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Print a study's trials, best first, as MLflow holds them."""
+    from rich.console import Console
+
+    from workbench.tracking import frames
+    from workbench.tracking.leaderboard import leaderboard, outcomes
+
+    uri = stores(home, tracking_uri, None).tracking
+    table = frames.trials(uri, study)
+    about = frames.studies(uri).set_index("study").loc[study]
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(leaderboard(table, study, about["metric"], about["goal"]))
+    console.print(f"{len(table)} trials: {outcomes(table)}", highlight=False)
+
+
+@app.command()
+def dashboard(
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+    storage: Storage = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port on 127.0.0.1.")] = 8501,
+) -> None:
+    """Open the dashboard on 127.0.0.1: the trials of every study as a table and a chart."""
+    from dashboards import launch
+
+    where = stores(home, tracking_uri, storage)
+    command, environment = launch(where.tracking, storage, port)
+    typer.echo(f"dashboard: http://127.0.0.1:{port} (Ctrl-C stops it)")
+    try:
+        raise typer.Exit(subprocess.run(command, env=os.environ | environment, check=False).returncode)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+def stores(home: Path, tracking_uri: str | None, storage: str | None) -> Stores:
+    """Where things are kept: the embedded stores below `home`, but for those named by a URI."""
+    from workbench.sweep.stores import Stores
+    from workbench.tracking.runs import default_store
+
+    home = home.resolve()
+    tracking, artifacts = default_store(home)
+    return Stores(
+        home=home,
+        optuna=storage or f"sqlite:///{home / 'optuna.db'}",
+        tracking=tracking_uri or tracking,
+        artifacts=None if tracking_uri else artifacts,
+    )
+
+
+def main() -> None:
+    """The console command: a user's mistake is a message and exit code 2, never a traceback."""
+    try:
+        app()
+    except StudyError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        n = len(error.problems)
+        print(f"{n} problem{'s' if n > 1 else ''}; nothing was run", file=sys.stderr)
+        sys.exit(2)
+    except WorkbenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,127 @@
+"""What a sweep shows while it runs: bars on a terminal, plain lines elsewhere, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .space import TrialConfig
+from .spec import Study
+
+
+class Display:
+    """Shows one study's progress on a console."""
+
+    def __init__(self, study: Study, console: Console | None = None):
+        self.study = study
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._study_bar: TaskID | None = None
+        self._bars: dict[int, TaskID] = {}
+        self._names: dict[int, str] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[Display]:
+        """Keep bars on a terminal while the sweep runs."""
+        if not self.console.is_terminal:
+            yield self
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as self._progress:
+            yield self
+        self._progress = None
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Say what is being waited for."""
+        self.say(f"{what} ...")
+        yield
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, earlier: Sequence[FrozenTrial], notes: Sequence[str]) -> None:
+        """The study is open; trials follow."""
+        for note in notes:
+            self.say(f"note: {note}")
+        done = sum(trial.state.is_finished() for trial in earlier)
+        cut_off = sum(trial.state == TrialState.RUNNING for trial in earlier)
+        if earlier:
+            again = f", {cut_off} that was cut off is trained again" if cut_off else ""
+            self.say(f"resuming study {self.study.name}: {done} trials are done{again}")
+        else:
+            self.say(
+                f"study {self.study.name}: {budget(self.study)}, {self.study.objective.goal} "
+                f"{self.study.objective.metric}"
+            )
+        if self._progress:
+            total = self.study.budget.trials
+            self._study_bar = self._progress.add_task(f"study {self.study.name}", total=total, completed=done, note="")
+
+    def trial(self, number: int, config: TrialConfig, steps: int) -> None:
+        """A trial starts."""
+        varied = ", ".join(f"{key}={value}" for key, value in config.describe().items())
+        self._names[number] = f"trial {number} {config.label}"
+        if self._progress:
+            self._bars[number] = self._progress.add_task(self._names[number], total=steps, note=varied)
+        else:
+            self.say(f"{self._names[number]}: {varied}" if varied else self._names[number])
+
+    def step(self, number: int, step: int, loss: float) -> None:
+        """A trial made a step."""
+        if self._progress:
+            self._progress.update(self._bars[number], completed=step, note=f"loss {loss:.4f}")
+
+    def evaluated(self, number: int, step: int, metrics: Mapping[str, float]) -> None:
+        """A trial was measured on the validation split."""
+        if not self._progress:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self.say(f"{self._names[number]}: step {step}: {shown}")
+
+    def finished(self, number: int, outcome: str, message: str, value: float | None, seconds: float) -> None:
+        """A trial ended."""
+        result = f"{self.study.objective.metric} {value:.4f}" if value is not None else ""
+        parts = [
+            outcome,
+            result,
+            f"{seconds:.1f} s",
+            message.splitlines()[0] if message and outcome != "complete" else "",
+        ]
+        self.say(f"{self._names[number]}: {', '.join(filter(None, parts))}")
+        if self._progress:
+            self._progress.remove_task(self._bars.pop(number))
+            if self._study_bar is not None:
+                self._progress.advance(self._study_bar)
+
+    def finished_before(self, trials: Sequence[FrozenTrial]) -> None:
+        """There is nothing left to do."""
+        self.say(
+            f"study {self.study.name} is finished: {len(trials)} trials have used its budget ({budget(self.study)}). "
+            "Raise the budget to go on with it."
+        )
+
+
+def budget(study: Study) -> str:
+    """The study's budget in words."""
+    given = study.budget.model_dump(exclude_none=True)
+    return ", ".join(f"{amount:g} {unit}" for unit, amount in given.items())

@@ -1,0 +1,81 @@
+"""What only the model and the data can tell about a study: asked of every configuration before anything trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workbench.adapters.inject import plan
+from workbench.errors import ConfigError, DataError, StudyError
+from workbench.training.base import Base
+from workbench.training.data import Split
+from workbench.training.tokens import resolve
+
+from .configure import peft_config
+from .domains import Choice, Constant, Domain, Range, TokenRange, Tokens
+from .source import Source, read
+from .spec import MethodSpec, Study
+
+
+def preflight(study: Study, base: Base, train: Split) -> None:
+    """Check that every value of the search space fits the model's modules and the tokenizer.
+
+    Each value is tried with the first value of the other fields. The model is not changed.
+
+    Raises:
+        StudyError: with every problem, at its place in the file.
+    """
+    source = read(study.path)
+    source.file = str(study.path)
+    for spec in study.methods.values():
+        check(source, spec, base, train)
+    if source.problems:
+        raise StudyError(source.problems)
+
+
+def check(source: Source, spec: MethodSpec, base: Base, train: Split) -> None:
+    """Report what of one method's space does not fit."""
+    tries = {key: list(ends(domain)) for key, domain in spec.adapter.items()}
+    first = {key: values[0] for key, values in tries.items()}
+    seen = set()
+    for key, values in {None: [None], **tries}.items():
+        for value in values if key is None else values[1:]:
+            fields = first if key is None else first | {key: value}
+            fault = find_fault(spec.method, fields, base, train)
+            if fault is None:
+                continue
+            culprit = fault.field if isinstance(fault, ConfigError) and fault.field in tries else key
+            if (culprit, str(fault)) not in seen:
+                seen.add((culprit, str(fault)))
+                loc = ("methods", spec.label) if culprit is None else ("methods", spec.label, culprit)
+                source.report(loc, str(fault))
+
+
+def ends(domain: Domain) -> list[Any]:
+    """The values that stand for a domain: all of a choice, both ends of a range."""
+    match domain:
+        case Constant(value):
+            return [value]
+        case Range(low, high):
+            return [low, high]
+        case TokenRange(kind, count):
+            return [Tokens(**{kind: end}) for end in ends(count)]
+        case Choice(values):
+            return [end for value in values for end in (ends(value) if isinstance(value, TokenRange) else [value])]
+
+
+def find_fault(method: str, fields: dict[str, Any], base: Base, train: Split) -> ConfigError | DataError | None:
+    """Why a configuration cannot be put on the base; None if it can."""
+    for key, value in fields.items():
+        if isinstance(value, Tokens):
+            try:
+                with base.vocabulary(value.new_tokens) as lent:
+                    ids = resolve(value, lent.tokenizer, train)
+            except DataError as error:
+                return ConfigError(str(error), key)
+            # ids of new tokens lie beyond the base's own table, which `plan` looks at
+            fields = fields | {key: [0] if value.new_tokens else ids}
+    try:
+        plan(base.model, peft_config(method, base.task, fields))
+    except ConfigError as error:
+        return error
+    return None

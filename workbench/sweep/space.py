@@ -1,0 +1,148 @@
+"""From a study's search space to one trial's settings, by Optuna's define-by-run interface."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, BruteForceSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import BaseTrial, FixedTrial
+
+from workbench.errors import StorageError
+
+from .domains import Choice, Constant, Domain, Number, Range, TokenRange, Tokens, encode, size, total
+from .spec import Study
+
+METHOD = "method"
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """What one trial trains.
+
+    Attributes:
+        label: the entry of the study's `methods`.
+        method: the registered method.
+        adapter: keyword arguments of its configuration class; tokens as `Tokens`, to be resolved.
+        training: settings that replace those of the training section.
+        varied: the keys of both that the study searches.
+    """
+
+    label: str
+    method: str
+    adapter: dict[str, Any]
+    training: dict[str, float | str]
+    varied: tuple[str, ...]
+
+    def describe(self) -> dict[str, str]:
+        """The searched hyperparameters in a short form for people, e.g. {"r": "8", "learning_rate": "0.00123"}."""
+        values = self.adapter | self.training
+        return {key: _brief(values[key]) for key in self.varied}
+
+
+def suggest(trial: BaseTrial, study: Study) -> TrialConfig:
+    """Draw one trial's settings. Optuna's parameters are `method` (where there are several) and `<label>.<field>`."""
+    labels = list(study.methods)
+    label = trial.suggest_categorical(METHOD, labels) if len(labels) > 1 else labels[0]
+    spec = study.methods[label]
+    adapter = {key: _draw(trial, f"{label}.{key}", domain) for key, domain in spec.adapter.items()}
+    training = {key: _draw(trial, f"{label}.{key}", domain) for key, domain in spec.training.items()}
+    varied = tuple(key for key, domain in spec.domains.items() if size(domain) != 1)
+    return TrialConfig(label, spec.method, adapter, training, varied)
+
+
+def from_params(params: dict[str, Any], study: Study) -> TrialConfig:
+    """The settings of a stored trial.
+
+    Raises:
+        StorageError: the parameters do not fit the study, whose file was changed.
+    """
+    try:
+        return suggest(FixedTrial(params), study)
+    except (ValueError, KeyError) as error:
+        raise StorageError(
+            f"A stored trial does not fit {study.path}: {error} The search space was changed; "
+            "give the changed study another name, or restore the file."
+        ) from error
+
+
+def combinations(study: Study) -> int | None:
+    """How many different trials there are; None: a range is continuous."""
+    return total(spec.size for spec in study.methods.values())
+
+
+def sampler(study: Study) -> BaseSampler:
+    """Optuna's sampler for the study's search, seeded."""
+    seed = study.search.seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        match study.search.sampler:
+            case "tpe":
+                # `group`: each method's parameters are modelled together, which a conditional space needs
+                return TPESampler(seed=seed, group=True)
+            case "random":
+                return RandomSampler(seed=seed)
+            case "grid":
+                return Exhaustive(seed=seed)
+            case "qmc":
+                return QMCSampler(seed=seed, scramble=True)
+
+
+class Exhaustive(BruteForceSampler):
+    """Every combination once, also in a conditional space; after `combinations` trials it repeats itself."""
+
+    def after_trial(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: Optuna's own calls `Study.stop` at the end, which raises in an ask-and-tell loop."""
+
+
+def pruner(study: Study) -> BasePruner:
+    """Optuna's pruner for the study's search; a trial reports at the steps `training.eval_steps`."""
+    first, last = study.training.eval_steps[0], study.training.steps
+    match study.search.pruner:
+        case "median":
+            return MedianPruner()
+        case "hyperband":
+            return HyperbandPruner(min_resource=first, max_resource=last)
+        case "successive_halving":
+            return SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
+        case "none":
+            return NopPruner()
+
+
+def _draw(trial: BaseTrial, name: str, domain: Domain) -> Any:
+    match domain:
+        case Constant(value):
+            return copy.deepcopy(value)  # a configuration may change its list
+        case Choice(values):
+            by_code = {encode(value): value for value in values}
+            chosen = by_code[trial.suggest_categorical(name, list(by_code))]
+            return _draw(trial, name, chosen) if isinstance(chosen, TokenRange) else copy.deepcopy(chosen)
+        case TokenRange(kind, count):
+            return domain.at(_draw(trial, f"{name}.{kind}", count))
+        case Range(low, high, log, q):
+            # Optuna has no steps on a logarithmic range
+            step = None if log else q
+            number: Number
+            if isinstance(low, int) and isinstance(high, int):
+                number = trial.suggest_int(name, low, high, step=int(step or 1), log=log)
+            else:
+                number = trial.suggest_float(name, low, high, step=step, log=log)
+            return low + round((number - low) / q) * q if log and q else number
+
+
+def _brief(value: Any) -> str:
+    match value:
+        case Tokens():
+            return value.describe()
+        case bool() | None:
+            return {True: "true", False: "false", None: "null"}[value]
+        case float():
+            return f"{value:.3g}"
+        case list():
+            return ", ".join(map(str, value)) or "none"
+        case _:
+            return str(value)

@@ -1,0 +1,168 @@
+"""Read stores back as pandas tables. Nothing here writes, and a store that does not exist is never made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from workbench.errors import StorageError
+
+from .runs import open_client, public_url, sqlite_file, storage_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from optuna.storages import BaseStorage
+
+PAGE = 1000  # runs a request
+STUDY_COLUMNS = ["study", "status", "metric", "goal", "optuna", "file", "started", "run_id"]
+COUNTS = ["trainable_params", "all_params", "adapter_bytes"]  # whole numbers, which MLflow keeps as floats
+TRIAL_COLUMNS = ["number", "label", "method", "outcome", "objective", *COUNTS, "trainable_percent"]
+TRIAL_COLUMNS += ["message", "started", "run_id"]
+
+
+def studies(tracking_uri: str) -> pd.DataFrame:
+    """One row a study, newest first.
+
+    Columns: study, status (MLflow's: RUNNING, FINISHED, KILLED, FAILED), metric, goal, optuna (storage URL), file,
+    started (UTC), run_id. Text that was not recorded is "".
+
+    Raises:
+        StorageError: the store does not exist or cannot be read.
+    """
+    client = open_client(tracking_uri)
+    with storage_errors(tracking_uri):
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = list(_runs(client, experiments, "tags.`workbench.kind` = 'study'"))
+    rows = [
+        {name: run.data.tags.get(f"workbench.{name}", "") for name in ("study", "metric", "goal", "optuna", "file")}
+        | {"status": run.info.status, "started": run.info.start_time, "run_id": run.info.run_id}
+        for run in runs
+    ]
+    frame = _with_times(pd.DataFrame(rows, columns=STUDY_COLUMNS))
+    return frame.sort_values("started", ascending=False, ignore_index=True)
+
+
+def trials(tracking_uri: str, study: str) -> pd.DataFrame:
+    """One row a trial, by number.
+
+    Columns: those of `TRIAL_COLUMNS`, always; `objective` is the study's metric at the last evaluation. `outcome` is
+    "running" until the trial has ended. Then every metric under its own name, with its last value (`seconds/train`,
+    `validation.accuracy`), and the hyperparameters as `hp.<field>`, numeric where all values are.
+
+    Raises:
+        StorageError: the store cannot be read, or holds no such study.
+    """
+    client = open_client(tracking_uri)
+    with storage_errors(tracking_uri):
+        parent = _study_run(client, tracking_uri, study)
+        query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        rows = [_trial_row(run) for run in _runs(client, [parent.info.experiment_id], query)]
+    frame = pd.DataFrame(rows)
+    frame["objective"] = frame.get(f"validation.{parent.data.tags.get('workbench.metric')}")
+    frame = frame.reindex(columns=TRIAL_COLUMNS + [column for column in frame.columns if column not in TRIAL_COLUMNS])
+    frame = _with_times(frame).astype({"number": "int64", "objective": "float64"} | dict.fromkeys(COUNTS, "Int64"))
+    for column in frame.columns[frame.columns.str.startswith("hp.")]:
+        frame[column] = _numeric(frame[column])
+    return frame.sort_values("number", ignore_index=True)
+
+
+def history(tracking_uri: str, run_id: str) -> pd.DataFrame:
+    """Every logged value of a run: columns step, metric, value, in this order of sorting after metric.
+
+    Raises:
+        StorageError: the store cannot be read, or holds no such run.
+    """
+    client = open_client(tracking_uri)
+    with storage_errors(tracking_uri):
+        names = client.get_run(run_id).data.metrics
+        rows = [(m.step, name, m.value) for name in names for m in client.get_metric_history(run_id, name)]
+    frame = pd.DataFrame(rows, columns=["step", "metric", "value"])
+    return frame.sort_values(["metric", "step"], ignore_index=True)
+
+
+def optuna_state(storage_url: str, study: str) -> dict[str, int]:
+    """How many trials of an Optuna study are running, waiting, complete, pruned and failed ("fail").
+
+    Raises:
+        StorageError: the storage does not exist, cannot be read, or holds no such study.
+    """
+    from optuna.trial import TrialState
+    from sqlalchemy.exc import SQLAlchemyError
+
+    file = sqlite_file(storage_url)
+    if file is not None and not file.exists():
+        raise StorageError(f"There is no {file}; Optuna's state cannot be shown.")
+    try:
+        storage = _optuna_storage(storage_url, file.stat().st_ino if file else 0)
+        found = storage.get_all_trials(storage.get_study_id_from_name(study), deepcopy=False)
+    except KeyError as error:
+        raise StorageError(f"{public_url(storage_url)} holds no study {study!r}.") from error
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise StorageError(f"Optuna's storage {public_url(storage_url)} cannot be read: {reason}") from error
+    counts = dict.fromkeys((state.name.lower() for state in TrialState), 0)
+    for trial in found:
+        counts[trial.state.name.lower()] += 1
+    return counts
+
+
+@cache
+def _optuna_storage(url: str, inode: int) -> BaseStorage:
+    """Kept open, so that a refresh reads only the trials that had not ended at the last one.
+
+    The inode tells a file that was deleted and made anew from the first one.
+    """
+    from optuna.storages import get_storage
+
+    return get_storage(url)
+
+
+def _runs(client: MlflowClient, experiments: list[str], query: str) -> Iterator[Run]:
+    token: str | None = None
+    while experiments:
+        page = client.search_runs(experiments, query, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _study_run(client: MlflowClient, uri: str, study: str) -> Run:
+    experiment = client.get_experiment_by_name(study)
+    query = "tags.`workbench.kind` = 'study'"
+    found = client.search_runs([experiment.experiment_id], query, max_results=1) if experiment else []
+    if not found:
+        raise StorageError(f"{public_url(uri)} holds no study {study!r}.")
+    return found[0]
+
+
+def _trial_row(run: Run) -> dict[str, Any]:
+    tags = run.data.tags
+    label = tags.get("workbench.label", "")
+    running = run.info.status == "RUNNING"
+    return {
+        "number": int(tags["workbench.trial"]),
+        "label": label,
+        "method": tags.get("workbench.method", ""),
+        "outcome": "running" if running else tags.get("workbench.outcome", run.info.status.lower()),
+        "message": tags.get("workbench.message", ""),
+        "started": run.info.start_time,
+        "run_id": run.info.run_id,
+        **run.data.metrics,
+        **{f"hp.{key.removeprefix(f'{label}.')}": value for key, value in run.data.params.items()},
+    }
+
+
+def _with_times(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(started=pd.to_datetime(frame["started"], unit="ms", utc=True))
+
+
+def _numeric(column: pd.Series) -> pd.Series:
+    try:
+        return pd.to_numeric(column)
+    except ValueError:
+        return column

@@ -1,0 +1,396 @@
+"""Write a study and its trials to MLflow: one experiment and one parent run a study, one child run a trial.
+
+Run ids are always explicit; MLflow's ambient "active run" is never used. MLflow is imported on first use, because that
+takes seconds and most commands do not need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench import __version__
+from workbench.errors import StorageError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it when it is imported
+
+Outcome = Literal["complete", "pruned", "diverged", "out_of_memory", "infeasible", "failed", "interrupted"]
+Status = Literal["FINISHED", "KILLED", "FAILED"]
+
+STATUS: dict[Outcome, Status] = {
+    "complete": "FINISHED",
+    "pruned": "KILLED",
+    "interrupted": "KILLED",
+    "infeasible": "KILLED",
+    "diverged": "FAILED",
+    "out_of_memory": "FAILED",
+    "failed": "FAILED",
+}
+
+MAX_METRICS = 1000  # MLflow's limits for one batch
+MAX_PARAMS = 100
+MAX_PARAM_VALUE = 6000  # characters; MLflow cuts longer ones without a word
+MAX_KEY = 250
+MAX_MESSAGE = 1000
+FLUSH_SECONDS = 2.0  # how far a live dashboard may lag behind
+SERVER_SECONDS = 10.0  # how long a tracking server may take to answer at all
+PACKAGES = ("torch", "transformers", "datasets", "peft", "optuna", "mlflow", "safetensors", "pandas")
+
+
+def default_store(home: str | Path) -> tuple[str, str]:
+    """The embedded store under a folder: tracking URI and artifact root."""
+    folder = Path(home).resolve()
+    return f"sqlite:///{folder / 'mlflow.db'}", str(folder / "artifacts")
+
+
+def open_tracking(uri: str, artifact_root: str | None) -> Tracking:
+    """Open a tracking store for writing; a sqlite store is made if need be.
+
+    Args:
+        uri: `sqlite:///...`, the URL of a tracking server, or any other database URL that MLflow takes.
+        artifact_root: folder or URI below which new studies keep their artifacts; None leaves it to the server.
+
+    Raises:
+        StorageError: the store cannot be opened, or the server does not answer.
+    """
+    return Tracking(open_client(uri, create=True), artifact_root)
+
+
+def open_client(uri: str, *, create: bool = False) -> MlflowClient:
+    """An MLflow client whose store is known to answer.
+
+    Raises:
+        StorageError: the sqlite file does not exist (unless `create`), or the store cannot be reached or used.
+    """
+    file = sqlite_file(uri)
+    if file is not None:
+        if create:
+            _make_folder(file.parent)
+        elif not file.exists():
+            raise StorageError(f"There is no {file} yet; run `workbench sweep` first, or name the folder it wrote to.")
+    elif uri.startswith(("http://", "https://")):
+        _check_server(uri)
+    # the first opening of a database makes its tables and says so on stderr, line by line
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    with storage_errors(uri):
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a `sqlite:///` URL, None for every other kind."""
+    prefix, _, path = url.partition(":///")
+    return Path(path) if prefix.startswith("sqlite") and path else None
+
+
+def public_url(url: str) -> str:
+    """The URL with its password, if it has one, replaced by `***`."""
+    return re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
+
+
+@contextmanager
+def storage_errors(uri: str) -> Iterator[None]:
+    """Turn the exceptions of MLflow, the database and its missing driver into `StorageError`."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise StorageError(f"The tracking store {public_url(uri)} cannot be used: {reason}") from error
+
+
+class Tracking:
+    """A tracking store that is open for writing."""
+
+    def __init__(self, client: MlflowClient, artifact_root: str | None):
+        self.client = client
+        self.uri = client.tracking_uri
+        self._artifact_root = artifact_root
+
+    def open_study(
+        self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], artifacts: Mapping[str, str]
+    ) -> StudyRun:
+        """The one parent run of a study: made the first time, found and set running again afterwards.
+
+        On resume, tags and artifacts are replaced, while params keep their first values (MLflow's are immutable).
+
+        Args:
+            name: the study and the MLflow experiment.
+            params: written as `str(value)`; values that MLflow would cut become artifacts under `params/`.
+            tags: added to `workbench.kind=study` and `workbench.study`.
+            artifacts: text by file name.
+
+        Raises:
+            StorageError: the store refuses, for instance because the experiment was deleted.
+        """
+        with storage_errors(self.uri):
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
+                location = _artifact_location(self._artifact_root, name)
+                experiment_id = self.client.create_experiment(name, artifact_location=location)
+            elif experiment.lifecycle_stage != "active":
+                raise StorageError(
+                    f"Experiment {name!r} is deleted in {public_url(self.uri)}; restore it there or rename the study."
+                )
+            else:
+                experiment_id = experiment.experiment_id
+            known = {"workbench.kind": "study", "workbench.study": name}
+            run_id = _open_run(self.client, experiment_id, name, known, params, tags)
+            for file, text in artifacts.items():
+                self.client.log_text(run_id, text, file)
+            return StudyRun(self.client, run_id, experiment_id, name)
+
+    def log_dataset(self, run: StudyRun | TrialRun, name: str, source: str, digest: str) -> None:
+        """Note the data a run used, as an MLflow dataset input.
+
+        Args:
+            source: folder or hub id.
+            digest: fingerprint of the contents; MLflow keeps 36 characters.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        kind, key = ("local", "uri") if Path(source).exists() else ("hf", "path")
+        dataset = Dataset(name, digest[:36], kind, json.dumps({key: source}))
+        with storage_errors(self.uri):
+            self.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+class StudyRun:
+    """The parent run of a study."""
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, name: str):
+        self.run_id = run_id
+        self.name = name
+        self._client = client
+        self._experiment_id = experiment_id
+
+    def open_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrialRun:
+        """The child run of one trial: made the first time, found and set running again afterwards.
+
+        Args:
+            number: Optuna's trial number, from 0.
+            params: hyperparameters as `<label>.<field>`.
+            tags: added to `workbench.study` and `workbench.trial`.
+        """
+        known = {
+            "mlflow.parentRunId": self.run_id,
+            "workbench.study": self.name,
+            "workbench.trial": str(number),
+        }
+        with storage_errors(self._client.tracking_uri):
+            run_id = _open_run(self._client, self._experiment_id, f"trial {number}", known, params, tags)
+        return TrialRun(self._client, run_id)
+
+    def artifacts(self, folder: str | Path, path: str) -> None:
+        """Copy the files of a folder to the run's artifacts, under `path`."""
+        _log_folder(self._client, self.run_id, folder, path)
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Note values of the whole study, such as the seconds that loading took."""
+        TrialRun(self._client, self.run_id).summary(metrics)
+
+    def end(self, status: Status) -> None:
+        """Close the parent run."""
+        with storage_errors(self._client.tracking_uri):
+            self._client.set_terminated(self.run_id, status)
+
+
+class TrialRun:
+    """The child run of one trial. Metrics are buffered and sent in batches; `end` sends what is left."""
+
+    def __init__(self, client: MlflowClient, run_id: str):
+        self.run_id = run_id
+        self._client = client
+        self._buffer: list[tuple[str, float, int, int]] = []  # key, value, milliseconds since the epoch, step
+        self._non_finite: Counter[str] = Counter()
+        self._sent = time.monotonic()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note values at a step. NaN and infinities are not stored but counted, in the tag `workbench.non_finite`."""
+        now = round(time.time() * 1000)
+        for key, value in metrics.items():
+            if math.isfinite(value):
+                self._buffer.append((_clean(key), float(value), now, step))
+            else:
+                self._non_finite[key] += 1
+        if len(self._buffer) >= MAX_METRICS or time.monotonic() - self._sent > FLUSH_SECONDS:
+            self.flush()
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Note values of the whole trial, such as `trainable_params`; sent at once."""
+        self.log(0, metrics)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send the buffered metrics."""
+        from mlflow.entities import Metric
+
+        with storage_errors(self._client.tracking_uri):
+            while self._buffer:
+                self._client.log_batch(self.run_id, metrics=[Metric(*values) for values in self._buffer[:MAX_METRICS]])
+                del self._buffer[:MAX_METRICS]
+        self._sent = time.monotonic()
+
+    def artifacts(self, folder: str | Path, path: str) -> None:
+        """Copy the files of a folder to the run's artifacts, under `path`."""
+        _log_folder(self._client, self.run_id, folder, path)
+
+    def end(self, outcome: Outcome, message: str = "", traceback: str = "") -> None:
+        """Close the run.
+
+        Args:
+            outcome: kept as the tag `workbench.outcome`; `STATUS` maps it to MLflow's status.
+            message: why, for a person; the tag `workbench.message` holds its first 1,000 characters.
+            traceback: kept as the artifact `traceback.txt`.
+        """
+        from mlflow.entities import RunTag
+
+        self.flush()
+        tags: dict[str, str] = {"workbench.outcome": outcome}
+        if message:
+            tags["workbench.message"] = message[:MAX_MESSAGE]
+        if self._non_finite:
+            tags["workbench.non_finite"] = ", ".join(f"{key}: {n}" for key, n in sorted(self._non_finite.items()))
+        with storage_errors(self._client.tracking_uri):
+            self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in tags.items()])
+            if traceback:
+                self._client.log_text(self.run_id, traceback, "traceback.txt")
+            self._client.set_terminated(self.run_id, STATUS[outcome])
+
+
+def environment() -> dict[str, str]:
+    """What the results depend on besides the study: code version, packages, Python, platform, CPU and GPU names.
+
+    Keys are absent where nothing is known. Environment variables are not read.
+    """
+    found = {
+        "version.workbench": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+    }
+    for package in PACKAGES:
+        try:
+            found[f"version.{package}"] = version(package)
+        except PackageNotFoundError:
+            continue
+    gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    if gpus:
+        found["gpu"] = ", ".join(gpus.splitlines())
+    commit = _output("git", "rev-parse", "HEAD")
+    if commit:
+        found["git.commit"] = commit
+        found["git.dirty"] = str(bool(_output("git", "status", "--porcelain"))).lower()
+    return found
+
+
+def _open_run(
+    client: MlflowClient,
+    experiment_id: str,
+    name: str,
+    known: Mapping[str, str],
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> str:
+    """The id of the run that carries the `known` tags, made if there is none, with params and tags written."""
+    from mlflow.entities import Param, RunTag
+
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in known.items())
+    runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
+    if runs:
+        run = runs[0]
+        client.update_run(run.info.run_id, status="RUNNING")
+        for stale in {"workbench.outcome", "workbench.message", "workbench.non_finite"} & run.data.tags.keys():
+            client.delete_tag(run.info.run_id, stale)
+    else:
+        run = client.create_run(experiment_id, tags=dict(known), run_name=name)
+    run_id = run.info.run_id
+    new = []
+    for key, value in ((_clean(key), str(value)) for key, value in params.items()):
+        if key in run.data.params:
+            continue
+        if len(value) > MAX_PARAM_VALUE:
+            file = f"params/{key.replace('/', '_')}.txt"
+            client.log_text(run_id, value, file)
+            value = f"sha256:{hashlib.sha256(value.encode()).hexdigest()} (see {file})"
+        new.append(Param(key, value))
+    for start in range(0, len(new), MAX_PARAMS):
+        client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+    return run_id
+
+
+def _log_folder(client: MlflowClient, run_id: str, folder: str | Path, path: str) -> None:
+    with storage_errors(client.tracking_uri):
+        client.log_artifacts(run_id, str(folder), path)
+
+
+def _clean(key: str) -> str:
+    """The key with what MLflow refuses replaced by `_`: odd characters, path tricks such as `a//b`, excess length."""
+    key = re.sub(r"[^\w\-. :/]", "_", key)
+    parts = ["_" if part in ("", ".", "..") else part for part in key.split("/")]
+    return "/".join(parts)[:MAX_KEY].rstrip("/")
+
+
+def _artifact_location(root: str | None, name: str) -> str | None:
+    if root is None:
+        return None
+    return f"{root.rstrip('/')}/{name}" if "://" in root else (Path(root).resolve() / name).as_uri()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+
+
+def _check_server(uri: str) -> None:
+    """MLflow's own client retries an absent server for minutes; ask once before it does."""
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # it answers; whether it lets us in is for MLflow to find out
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"No tracking server answers at {public_url(uri)} ({error}); start it, or leave out the tracking URI."
+        ) from error
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str:
+    """What a program prints, empty if it is absent or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
