@@ -23,8 +23,8 @@ from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, Sto
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun, environment, open_tracking, public_url
 from workbench.training.base import Base, load_base, pick_device
 from workbench.training.data import RawData, TaskData, read_data, tokenize
-from workbench.training.loop import Result, release, train
-from workbench.training.memory import Meter
+from workbench.training.loop import Result, train
+from workbench.training.memory import Meter, release
 from workbench.training.tokens import resolve
 
 from .configure import peft_config
@@ -62,7 +62,7 @@ def sweep(study: Study, stores: Stores, display: Display) -> list[FrozenTrial]:
         preflight(study, base, shop.data(()).train)
 
         with display.waiting("opening the stores"):
-            optuna_study = open_optuna(study, stores, f"{base.fingerprint}:{raw.fingerprint}")
+            optuna_study = open_optuna(study, stores, f"{base.fingerprint}:{raw.fingerprint}", len(earlier))
             tracking = open_tracking(stores.tracking, stores.artifacts)
             parent = open_parent(study, stores, tracking, shop, meter)
         display.begin(earlier, shop.notes)
@@ -137,7 +137,7 @@ def check_identity(known: optuna.Study, study: Study, key: str, value: str) -> N
         )
 
 
-def open_optuna(study: Study, stores: Stores, fingerprint: str) -> optuna.Study:
+def open_optuna(study: Study, stores: Stores, fingerprint: str, drawn: int) -> optuna.Study:
     """Optuna's study, made or found again."""
     url = stores.optuna
     if url.startswith("sqlite:///"):
@@ -146,7 +146,7 @@ def open_optuna(study: Study, stores: Stores, fingerprint: str) -> optuna.Study:
         opened = optuna.create_study(
             study_name=study.name,
             storage=optuna.storages.RDBStorage(url),
-            sampler=sampler(study),
+            sampler=sampler(study, drawn),
             pruner=pruner(study),
             direction=study.objective.goal,
             load_if_exists=True,
@@ -252,7 +252,8 @@ def run_trial(
         display.evaluated(trial.number, step, metrics)
         if step not in reported:
             trial.report(metrics[study.objective.metric], step)
-        if step < settings.steps and trial.should_prune():
+        worse = trial.should_prune()  # asked at the last step too: some pruners learn where a trial came to from this call
+        if worse and step < settings.steps:
             raise optuna.TrialPruned(f"worse than others at step {step}")
 
     outcome: Outcome = "complete"

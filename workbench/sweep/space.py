@@ -75,9 +75,13 @@ def combinations(study: Study) -> int | None:
     return total(spec.size for spec in study.methods.values())
 
 
-def sampler(study: Study) -> BaseSampler:
-    """Optuna's sampler for the study's search, seeded."""
-    seed = study.search.seed
+def sampler(study: Study, drawn: int = 0) -> BaseSampler:
+    """Optuna's sampler for the study's search, seeded.
+
+    Args:
+        drawn: trials that are there already; a study that is resumed must not draw its first values again.
+    """
+    seed = study.search.seed + drawn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         match study.search.sampler:
@@ -89,7 +93,7 @@ def sampler(study: Study) -> BaseSampler:
             case "grid":
                 return Exhaustive(seed=seed)
             case "qmc":
-                return QMCSampler(seed=seed, scramble=True)
+                return QMCSampler(seed=study.search.seed, scramble=True)  # it counts the stored trials itself
 
 
 class Exhaustive(BruteForceSampler):

@@ -31,7 +31,9 @@ from workbench.errors import StorageError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it when it is imported
+# MLflow reads these; the second keeps it from printing two links to stdout whenever a run on a server ends
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 Outcome = Literal["complete", "pruned", "diverged", "out_of_memory", "infeasible", "failed", "interrupted"]
 Status = Literal["FINISHED", "KILLED", "FAILED"]
@@ -165,7 +167,7 @@ class Tracking:
                 self.client.log_text(run_id, text, file)
             return StudyRun(self.client, run_id, experiment_id, name)
 
-    def log_dataset(self, run: StudyRun | TrialRun, name: str, source: str, digest: str) -> None:
+    def log_dataset(self, run: Run, name: str, source: str, digest: str) -> None:
         """Note the data a run used, as an MLflow dataset input.
 
         Args:
@@ -180,48 +182,8 @@ class Tracking:
             self.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-class StudyRun:
-    """The parent run of a study."""
-
-    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, name: str):
-        self.run_id = run_id
-        self.name = name
-        self._client = client
-        self._experiment_id = experiment_id
-
-    def open_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrialRun:
-        """The child run of one trial: made the first time, found and set running again afterwards.
-
-        Args:
-            number: Optuna's trial number, from 0.
-            params: hyperparameters as `<label>.<field>`.
-            tags: added to `workbench.study` and `workbench.trial`.
-        """
-        known = {
-            "mlflow.parentRunId": self.run_id,
-            "workbench.study": self.name,
-            "workbench.trial": str(number),
-        }
-        with storage_errors(self._client.tracking_uri):
-            run_id = _open_run(self._client, self._experiment_id, f"trial {number}", known, params, tags)
-        return TrialRun(self._client, run_id)
-
-    def artifacts(self, folder: str | Path, path: str) -> None:
-        """Copy the files of a folder to the run's artifacts, under `path`."""
-        _log_folder(self._client, self.run_id, folder, path)
-
-    def summary(self, metrics: Mapping[str, float]) -> None:
-        """Note values of the whole study, such as the seconds that loading took."""
-        TrialRun(self._client, self.run_id).summary(metrics)
-
-    def end(self, status: Status) -> None:
-        """Close the parent run."""
-        with storage_errors(self._client.tracking_uri):
-            self._client.set_terminated(self.run_id, status)
-
-
-class TrialRun:
-    """The child run of one trial. Metrics are buffered and sent in batches; `end` sends what is left."""
+class Run:
+    """A run that is open for writing. Metrics are buffered and sent in batches; `end` sends what is left."""
 
     def __init__(self, client: MlflowClient, run_id: str):
         self.run_id = run_id
@@ -242,7 +204,7 @@ class TrialRun:
             self.flush()
 
     def summary(self, metrics: Mapping[str, float]) -> None:
-        """Note values of the whole trial, such as `trainable_params`; sent at once."""
+        """Note values of the whole run, such as `trainable_params`; sent at once."""
         self.log(0, metrics)
         self.flush()
 
@@ -258,7 +220,53 @@ class TrialRun:
 
     def artifacts(self, folder: str | Path, path: str) -> None:
         """Copy the files of a folder to the run's artifacts, under `path`."""
-        _log_folder(self._client, self.run_id, folder, path)
+        with storage_errors(self._client.tracking_uri):
+            self._client.log_artifacts(self.run_id, str(folder), path)
+
+    def _close(self, status: Status, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.flush()
+        if self._non_finite:
+            counts = ", ".join(f"{key}: {n}" for key, n in sorted(self._non_finite.items()))
+            tags = {**tags, "workbench.non_finite": counts}
+        with storage_errors(self._client.tracking_uri):
+            self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in tags.items()])
+            self._client.set_terminated(self.run_id, status)
+
+
+class StudyRun(Run):
+    """The parent run of a study."""
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, name: str):
+        super().__init__(client, run_id)
+        self.name = name
+        self._experiment_id = experiment_id
+
+    def open_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrialRun:
+        """The child run of one trial: made the first time, found and set running again afterwards.
+
+        Args:
+            number: Optuna's trial number, from 0.
+            params: hyperparameters as `<label>.<field>`.
+            tags: added to `workbench.study` and `workbench.trial`.
+        """
+        known = {
+            "mlflow.parentRunId": self.run_id,
+            "workbench.study": self.name,
+            "workbench.trial": str(number),
+        }
+        with storage_errors(self._client.tracking_uri):
+            run_id = _open_run(self._client, self._experiment_id, f"trial {number}", known, params, tags)
+        return TrialRun(self._client, run_id)
+
+    def end(self, status: Status) -> None:
+        """Close the parent run."""
+        self._close(status, {})
+
+
+class TrialRun(Run):
+    """The child run of one trial."""
 
     def end(self, outcome: Outcome, message: str = "", traceback: str = "") -> None:
         """Close the run.
@@ -268,19 +276,11 @@ class TrialRun:
             message: why, for a person; the tag `workbench.message` holds its first 1,000 characters.
             traceback: kept as the artifact `traceback.txt`.
         """
-        from mlflow.entities import RunTag
-
-        self.flush()
-        tags: dict[str, str] = {"workbench.outcome": outcome}
-        if message:
-            tags["workbench.message"] = message[:MAX_MESSAGE]
-        if self._non_finite:
-            tags["workbench.non_finite"] = ", ".join(f"{key}: {n}" for key, n in sorted(self._non_finite.items()))
-        with storage_errors(self._client.tracking_uri):
-            self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in tags.items()])
-            if traceback:
+        if traceback:
+            with storage_errors(self._client.tracking_uri):
                 self._client.log_text(self.run_id, traceback, "traceback.txt")
-            self._client.set_terminated(self.run_id, STATUS[outcome])
+        message_tag = {"workbench.message": message[:MAX_MESSAGE]} if message else {}
+        self._close(STATUS[outcome], {"workbench.outcome": outcome, **message_tag})
 
 
 def environment() -> dict[str, str]:
@@ -343,11 +343,6 @@ def _open_run(
         client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
     client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
     return run_id
-
-
-def _log_folder(client: MlflowClient, run_id: str, folder: str | Path, path: str) -> None:
-    with storage_errors(client.tracking_uri):
-        client.log_artifacts(run_id, str(folder), path)
 
 
 def _clean(key: str) -> str:

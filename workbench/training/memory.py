@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ import psutil
 import torch
 
 MIB = 2**20
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SAMPLE_SECONDS = 0.01
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -105,3 +109,12 @@ def sampled(peaks: dict[str, float]) -> Iterator[None]:
         done.set()
         thread.join()
         peaks["process_peak_growth_mib"] = max(0, highest - start, process.memory_info().rss - start) / MIB
+
+
+def release(device: torch.device) -> None:
+    """Give freed memory back to the device, or on Linux to the system, so that trials are measured from the same start."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
