@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -79,13 +80,16 @@ def sweep(
     if winner["outcome"] != "complete":
         display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
         raise typer.Exit(1)
-    stored = "" if home == RUNS else f" --home {home}"
-    display.say(
-        f"\nBest: trial {winner['number']}, {objective.metric} {winner['objective']:.4f}. Next:\n"
-        f"  workbench dashboard{stored}            compare the trials in a browser\n"
-        f"  workbench show {loaded.name}{stored}    this table again\n"
-        f"  workbench validate {study}             check the file after changing it, then sweep again under a new name"
-    )
+    display.say(f"\nBest: trial {winner['number']}, {objective.metric} {winner['objective']:.4f}. Next:")
+    stored = [] if home == RUNS else ["--home", str(home)]
+    if tracking_uri and not os.environ.get("MLFLOW_TRACKING_URI"):
+        stored += ["--tracking-uri", tracking_uri]
+    for what, words in {
+        "compare the trials in a browser": ["dashboard", *stored],
+        "see this table again": ["show", loaded.name, *stored],
+        "check the file once you have changed it, with a new name for the new study": ["validate", str(study)],
+    }.items():
+        display.say(f"  workbench {shlex.join(words)}  # {what}")
 
 
 @app.command()
@@ -132,7 +136,7 @@ def methods(
         table = Table("field", "what it is", title=METHODS[name].title, title_justify="left")
         for field in fields(name).values():
             table.add_row(field.name, field.description)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 
 @app.command()

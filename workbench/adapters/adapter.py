@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from workbench.errors import CheckpointError, MergeError
+from workbench.errors import MergeError
+
+Slot = tuple[nn.Module, str]  # a module and the name of one of its parameters or buffers
 
 
 class Adapter(nn.Module):
@@ -53,30 +53,11 @@ class Adapter(nn.Module):
         """
         raise MergeError(f"{type(self).__name__} cannot be merged into the base weights.")
 
+    def slots(self) -> dict[str, Slot]:
+        """Where each tensor of a checkpoint lives, by its name in the checkpoint without the module's path."""
+        split = {name: name.rpartition(".") for name in self.state_dict()}
+        return {self.prefix + name: (self.get_submodule(owner), leaf) for name, (owner, _, leaf) in split.items()}
+
     def saved(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint by their name in it, without the module's path."""
-        return {self.prefix + name: tensor for name, tensor in self.state_dict().items()}
-
-    def load(self, tensors: Mapping[str, Tensor], path: str) -> None:
-        """Copy checkpoint tensors in; parameters on the meta device take their place.
-
-        Raises:
-            CheckpointError: a tensor has another shape.
-        """
-        places = {}
-        for name, tensor in tensors.items():
-            owner_name, _, leaf = name.removeprefix(self.prefix).rpartition(".")
-            places[name] = owner, leaf = self.get_submodule(owner_name), leaf
-            own = getattr(owner, leaf)
-            if own.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{path}.{name} has shape {tuple(tensor.shape)} in the file but {tuple(own.shape)} here: "
-                    "the adapter was made for another base model, or with another configuration."
-                )
-        for name, (owner, leaf) in places.items():
-            own = getattr(owner, leaf)
-            if own.is_meta:
-                setattr(owner, leaf, nn.Parameter(tensors[name].clone(), requires_grad=own.requires_grad))
-            else:
-                with torch.no_grad():
-                    own.copy_(tensors[name])
+        """The tensors of a checkpoint."""
+        return {name: getattr(owner, leaf).detach() for name, (owner, leaf) in self.slots().items()}

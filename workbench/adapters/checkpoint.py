@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CheckpointError
 
+from .adapter import Slot
 from .inject import input_embedding, is_target, sites
 from .tuner_layer import TunerLayer
 
@@ -157,38 +158,57 @@ def set_peft_model_state_dict(
     """Load checkpoint tensors into an adapter of the model.
 
     Raises:
-        CheckpointError: a tensor has another shape than its parameter.
+        CheckpointError: a tensor has another shape than its parameter. Nothing is loaded then.
     """
-    tuner: Tuner = model.base_model
+    slots, result = match_slots(model.base_model, peft_model_state_dict, adapter_name)
+    for key, slot in slots.items():
+        fill(slot, peft_model_state_dict[key])
+    return result
+
+
+def match_slots(tuner: Tuner, tensors: dict[str, Tensor], adapter_name: str) -> tuple[dict[str, Slot], LoadResult]:
+    """The place of every checkpoint tensor in the model, and the keys on either side that have no counterpart.
+
+    Besides the adapter's own parameters these are trained biases, saved embeddings, and heads and poolers that a file
+    stores under their names in the base model.
+    """
     tuner.check_known([adapter_name])
-    rest, missing = dict(peft_model_state_dict), []
+    own: dict[str, Slot] = {}
+    tied: set[str] = set()
     for path, layer in tuner.layers():
-        if adapter_name not in layer.adapters:
-            continue
-        adapter = layer.adapter(adapter_name)
-        keys = {f"{PREFIX}{path}.{name}": name for name in adapter.saved()}
-        adapter.load({name: rest[key] for key, name in keys.items() if key in rest}, path)
-        missing += [key for key in keys if key not in rest and any(True for _ in adapter.parameters())]
-        rest = {key: tensor for key, tensor in rest.items() if key not in keys}
-    own = {PREFIX + name: tensor for name, tensor in base_tensors(tuner.model).items()}
-    for key in list(rest):
-        if key in own:  # trained biases, saved embeddings, and heads that other libraries store in the base model
-            if own[key].shape != rest[key].shape:
-                raise CheckpointError(
-                    f"{key} has shape {tuple(rest[key].shape)} in the file but {tuple(own[key].shape)} here: "
-                    f"the adapter was "
-                    "made for another base model, or its embeddings were resized; resize those of this model first."
-                )
-            with torch.no_grad():
-                own[key].copy_(rest.pop(key))
-    return LoadResult(missing, list(rest))
+        if adapter_name in layer.adapters:
+            adapter = layer.adapter(adapter_name)
+            own |= {f"{PREFIX}{path}.{name}": slot for name, slot in adapter.slots().items()}
+            tied |= {f"{PREFIX}{path}.{name}" for name in adapter.saved()}
+    known = {PREFIX + name: slot for name, slot in base_slots(tuner.model).items()} | own
+    slots = {key: known[key] for key in tensors if key in known}
+    for key, (owner, leaf) in slots.items():
+        here, there = tuple(getattr(owner, leaf).shape), tuple(tensors[key].shape)
+        if here != there:
+            raise CheckpointError(
+                f"{key} has shape {there} in the file but {here} here: the adapter was made for another base model, "
+                "with another configuration, or for resized embeddings; resize those of this model first."
+            )
+    missing = [key for key in own if key not in tensors]
+    return slots, LoadResult(missing, [key for key in tensors if key not in known and key not in tied])
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+@torch.no_grad()
+def fill(slot: Slot, tensor: Tensor) -> None:
+    """Copy a tensor into its place; a parameter on the meta device is replaced."""
+    owner, leaf = slot
+    place = getattr(owner, leaf)
+    if place.is_meta:
+        setattr(owner, leaf, nn.Parameter(tensor.clone(), requires_grad=place.requires_grad))
+    else:
+        place.copy_(tensor)
+
+
+def base_slots(model: nn.Module) -> dict[str, Slot]:
     """Parameters and buffers of the base model by their paths; those of wrapped layers under `base_layer.`."""
-    tensors: dict[str, Tensor] = {}
+    slots: dict[str, Slot] = {}
     for site in sites(model):
         path = f"{site.path}.base_layer" if site.wrapper is not None else site.path
-        own = [*site.module.named_parameters(recurse=False), *site.module.named_buffers(recurse=False)]
-        tensors |= {f"{path}.{name}": tensor for name, tensor in own}
-    return tensors
+        slots |= {f"{path}.{name}": (site.module, name) for name, _ in site.module.named_parameters(recurse=False)}
+        slots |= {f"{path}.{name}": (site.module, name) for name, _ in site.module.named_buffers(recurse=False)}
+    return slots

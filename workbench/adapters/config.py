@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -95,7 +96,7 @@ class PeftConfig:
         try:
             values = json.loads(Path(path).read_text())
             peft_type = values.pop("peft_type")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not an adapter configuration: {error!r}") from error
         return by_peft_type(peft_type).config.from_dict(values)
 
@@ -114,7 +115,13 @@ class PeftConfig:
 
 def name_set(value: Any, field: str) -> Any:
     """Module names as a set, a regular expression as it is; refuses anything else."""
-    if value is None or isinstance(value, str):
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ConfigError(f"{field} {value!r} is not a regular expression: {error}.", field) from error
         return value
     if isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value):
         return set(value)

@@ -113,7 +113,7 @@ def fill_defaults(config: Any, method: Method, model: nn.Module) -> None:
     targets = getattr(config, "target_modules", None)
     if isinstance(config, TrainableTokensConfig):
         if targets is None:
-            config.target_modules = name_set([input_embedding(model).path], "target_modules")
+            config.target_modules = input_embedding(model).path
     elif targets is None:
         if model_type not in method.targets:
             raise TargetError(

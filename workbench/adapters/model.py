@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from workbench.errors import AdapterNameError, CheckpointError, ConfigError
 
-from .checkpoint import LoadResult, get_peft_model_state_dict, read_weights, set_peft_model_state_dict, write_weights
+from .checkpoint import (
+    LoadResult,
+    get_peft_model_state_dict,
+    match_slots,
+    read_weights,
+    set_peft_model_state_dict,
+    write_weights,
+)
 from .config import PeftConfig, TaskType
 from .inject import HEADS
 from .tuner import Tuner
@@ -234,11 +241,14 @@ class PeftModel(nn.Module):
         config = config or PeftConfig.from_pretrained(model_id, **hub)
         tensors = read_weights(model_id, **hub)
         config.inference_mode = not is_trainable
+        trained = [p for p in model.parameters() if p.requires_grad]
         peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
             peft_model._fill(tensors, adapter_name, model_id)
         except CheckpointError:
             peft_model.base_model.unload()
+            for p in trained:
+                p.requires_grad_(True)
             raise
         return peft_model.eval() if not is_trainable else peft_model
 
@@ -270,19 +280,19 @@ class PeftModel(nn.Module):
             raise
 
     def _fill(self, tensors: dict[str, Tensor], adapter_name: str, source: str | Path) -> LoadResult:
-        result = set_peft_model_state_dict(self, tensors, adapter_name)
+        """Load a file's tensors, if it is complete and all of them have a place."""
+        _, result = match_slots(self.base_model, tensors, adapter_name)
         if result.missing_keys:
             raise CheckpointError(
-                f"{source} lacks {len(result.missing_keys)} of the adapter's tensors, e.g. "
-                f"{result.missing_keys[0]}; it was made "
-                "for another base model, or its configuration was changed."
+                f"{source} lacks {len(result.missing_keys)} of the adapter's tensors, e.g. {result.missing_keys[0]}; "
+                "it was made for another base model, or its configuration was changed."
             )
         if result.unexpected_keys:
             raise CheckpointError(
                 f"{source} holds {len(result.unexpected_keys)} tensors that have no place in this model, e.g. "
                 f"{result.unexpected_keys[0]}; it was made for another base model."
             )
-        return result
+        return set_peft_model_state_dict(self, tensors, adapter_name)
 
     # ---------------------------------------------------------------- merging
 

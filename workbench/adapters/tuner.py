@@ -13,7 +13,7 @@ from workbench.errors import AdapterNameError, ConfigError, MergeError
 
 from .config import PeftConfig
 from .inject import build, inject, sites
-from .tuner_layer import AdapterState, TunerLayer
+from .tuner_layer import BASE, AdapterState, TunerLayer
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -80,6 +80,8 @@ class Tuner(nn.Module):
     def check_new(self, name: str, config: PeftConfig) -> None:
         if not name or "." in name:
             raise AdapterNameError(f"Adapter names are parts of parameter names: {name!r} is empty or has a dot in it.")
+        if name == BASE or hasattr(nn.ModuleDict(), name):
+            raise AdapterNameError(f"The name {name!r} has a meaning of its own; choose another one for the adapter.")
         if name in self.peft_config:
             raise AdapterNameError(
                 f"There is an adapter {name!r} already; choose another name or delete that one first."
@@ -97,12 +99,19 @@ class Tuner(nn.Module):
             raise AdapterNameError(f"Adapter {', '.join(unknown)} not found; there are {list(self.peft_config)}.")
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from every layer. If it was the only active one, the first of the others takes over."""
+        """Remove an adapter, and the wrappers of layers that no other adapter is on.
+
+        If it was the only active one, the first of the others takes over.
+        """
         self.check_known([adapter_name])
         if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
             raise MergeError(f"Adapter {adapter_name} is merged; call unmerge_adapter before deleting it.")
-        for _, layer in list(self.layers()):
-            layer.remove(adapter_name)
+        for site in list(sites(self.model)):
+            wrapper = site.wrapper
+            if wrapper is not None:
+                wrapper.remove(adapter_name)
+                if not wrapper.adapters:
+                    setattr(site.parent, site.name, wrapper.base_layer)
         del self.peft_config[adapter_name]
         self.state.active = [name for name in self.state.active if name != adapter_name]
         if not self.state.active and self.peft_config:

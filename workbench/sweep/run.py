@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from typing import Any
 import filelock
 import optuna
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from workbench.adapters import PeftConfig, PeftModel, get_peft_model
-from workbench.adapters.checkpoint import PREFIX, base_tensors, read_weights, write_weights
+from workbench.adapters.checkpoint import PREFIX, base_slots, read_weights, write_weights
 from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, StorageError
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun, environment, open_tracking, public_url
 from workbench.training.base import Base, load_base, pick_device
 from workbench.training.data import RawData, TaskData, read_data, tokenize
-from workbench.training.loop import Result, train
+from workbench.training.loop import Result, releasing_memory, train
 from workbench.training.memory import Meter, release
 from workbench.training.tokens import resolve
 
@@ -62,8 +63,8 @@ def sweep(study: Study, stores: Stores, display: Display) -> list[FrozenTrial]:
         preflight(study, base, shop.data(()).train)
 
         with display.waiting("opening the stores"):
-            optuna_study = open_optuna(study, stores, f"{base.fingerprint}:{raw.fingerprint}", len(earlier))
             tracking = open_tracking(stores.tracking, stores.artifacts)
+            optuna_study = open_optuna(study, stores, f"{base.fingerprint}:{shop.data(()).fingerprint}")
             parent = open_parent(study, stores, tracking, shop, meter)
         display.begin(earlier, shop.notes)
 
@@ -75,6 +76,8 @@ def sweep(study: Study, stores: Stores, display: Display) -> list[FrozenTrial]:
         except KeyboardInterrupt:
             status = "KILLED"
             raise
+        except StorageInternalError as error:
+            raise unusable(stores.optuna, error) from error
         finally:
             parent.end(status)  # type: ignore[arg-type]
         return optuna_study.get_trials(deepcopy=False)
@@ -83,18 +86,21 @@ def sweep(study: Study, stores: Stores, display: Display) -> list[FrozenTrial]:
 @contextmanager
 def only_one(home: Path, name: str) -> Iterator[None]:
     """Hold the study's lock. It goes with the process, so a trial found running under it belongs to a dead one."""
-    folder = home / "locks"
+    lock = filelock.FileLock(home / "locks" / f"{name}.lock", timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / f"{name}.lock", timeout=0)
-        with lock:
+        (home / "locks").mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise StorageError(
+                f"Another `workbench sweep` is running the study {name!r} in {home}; wait for it or stop it."
+            ) from error
+        try:
             yield
-    except filelock.Timeout as error:
-        raise StorageError(
-            f"Another `workbench sweep` is running the study {name!r} in {home}; wait for it or stop it."
-        ) from error
-    except OSError as error:
-        raise StorageError(f"The folder {home} cannot be used: {error.strerror or error}") from error
+        finally:
+            lock.release()
+    except OSError as error:  # no permission, no space left: here or later
+        raise StorageError(f"{error.filename or home} cannot be used: {error.strerror or error}") from error
 
 
 # -------------------------------------------------------------------- the stores
@@ -119,9 +125,15 @@ def stored_trials(study: Study, stores: Stores) -> list[FrozenTrial]:
             return []
         known = optuna.load_study(study_name=study.name, storage=storage)
     except Exception as error:  # SQLAlchemy's, its drivers' and Optuna's own have no common base
-        raise StorageError(f"Optuna's storage {public_url(stores.optuna)} cannot be opened: {error}") from error
+        raise unusable(stores.optuna, error) from error
     check_identity(known, study, "identity", identity(study))
     return known.get_trials(deepcopy=False)
+
+
+def unusable(url: str, error: Exception) -> StorageError:
+    """What to say of a storage of Optuna's that fails."""
+    reason = str(error.__cause__ or error).splitlines()[0]  # the driver's own words
+    return StorageError(f"Optuna's storage {public_url(url)} cannot be used: {reason}")
 
 
 def check_identity(known: optuna.Study, study: Study, key: str, value: str) -> None:
@@ -130,14 +142,13 @@ def check_identity(known: optuna.Study, study: Study, key: str, value: str) -> N
     if before != value:
         what = "the file" if key == "identity" else "the model or the data"
         raise StorageError(
-            f"The study {study.name!r} was begun with other settings: {what} changed since, so old and new "
-            f"trials could not be "
-            f"compared. Give the changed study a new name in {study.path}, or restore it. (The budget may "
-            f"change freely.)"
+            f"The study {study.name!r} was begun with other settings: {what} changed since, so old and new trials "
+            f"could not be compared. Give the changed study a new name in {study.path}, or restore it. (The budget "
+            f"may change freely.)"
         )
 
 
-def open_optuna(study: Study, stores: Stores, fingerprint: str, drawn: int) -> optuna.Study:
+def open_optuna(study: Study, stores: Stores, fingerprint: str) -> optuna.Study:
     """Optuna's study, made or found again."""
     url = stores.optuna
     if url.startswith("sqlite:///"):
@@ -146,13 +157,12 @@ def open_optuna(study: Study, stores: Stores, fingerprint: str, drawn: int) -> o
         opened = optuna.create_study(
             study_name=study.name,
             storage=optuna.storages.RDBStorage(url),
-            sampler=sampler(study, drawn),
             pruner=pruner(study),
             direction=study.objective.goal,
             load_if_exists=True,
         )
     except Exception as error:
-        raise StorageError(f"Optuna's storage {public_url(url)} cannot be opened: {error}") from error
+        raise unusable(url, error) from error
     for key, value in (("identity", identity(study)), ("fingerprint", fingerprint)):
         check_identity(opened, study, key, value)
         opened.set_user_attr(key, value)
@@ -207,10 +217,16 @@ def spent(study: Study, found: list[FrozenTrial]) -> bool:
 
 
 def trials(study: Study, optuna_study: optuna.Study) -> Iterator[optuna.Trial]:
-    """Trials until the budget is spent: first those that a dead process left running, then new ones."""
+    """Trials until the budget is spent: first those that a dead process left running, then new ones.
+
+    The sampler starts anew for each, so that what is drawn depends on the trial's number and on the trials before it,
+    not on whether the sweep was stopped in between.
+    """
     for cut_off in optuna_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        optuna_study.sampler = sampler(study, cut_off.number)
         yield optuna.Trial(optuna_study, cut_off._trial_id)
-    while not spent(study, optuna_study.get_trials(deepcopy=False)):
+    while not spent(study, found := optuna_study.get_trials(deepcopy=False)):
+        optuna_study.sampler = sampler(study, len(found))
         yield optuna_study.ask()
 
 
@@ -232,6 +248,8 @@ def run_trial(
         "workbench.seed": str(settings.seed),
     }
     params = {f"{config.label}.{key}": readable(value) for key, value in (config.adapter | config.training).items()}
+    if "run_id" in trial.user_attrs:
+        discard(tracking, trial.user_attrs["run_id"])
     run = parent.open_trial(trial.number, params, tags)
     tracking.log_dataset(run, study.name, study.data.path or study.data.train or "", shop.raw.fingerprint)
     trial.set_user_attr("run_id", run.run_id)
@@ -252,28 +270,32 @@ def run_trial(
         display.evaluated(trial.number, step, metrics)
         if step not in reported:
             trial.report(metrics[study.objective.metric], step)
-        worse = trial.should_prune()  # asked at the last step too: some pruners learn where a trial came to from this call
+        worse = trial.should_prune()  # at the last step too: some pruners learn from this call
         if worse and step < settings.steps:
             raise optuna.TrialPruned(f"worse than others at step {step}")
 
-    outcome: Outcome = "complete"
-    message = trace = ""
-    try:
+    @releasing_memory  # an adapter may be too large to be made
+    def attempt() -> Result:
         with shop.lend(config) as (base, data, peft_config), adapted(base, peft_config, settings.seed) as model:
             count(model, trial, run)
-            order_seed = settings.seed if settings.data_order == "shared" else settings.seed + 1 + trial.number
             result = train(
                 model,
                 base,
                 data,
                 settings,
                 seed=settings.seed,
-                order_seed=order_seed,
+                order_seed=settings.seed if settings.data_order == "shared" else settings.seed + 1 + trial.number,
                 on_step=on_step,
                 on_eval=on_eval,
                 meter=progress.meter,
             )
             keep(result, model, shop, base, config, trial, run)
+            return result
+
+    outcome: Outcome = "complete"
+    message = trace = ""
+    try:
+        attempt()
     except optuna.TrialPruned as pruned:
         outcome, message = "pruned", str(pruned)
     except Diverged as error:
@@ -285,19 +307,20 @@ def run_trial(
     except KeyboardInterrupt:
         run.end("interrupted", "stopped by Ctrl-C; the next `workbench sweep` of this study finishes it")
         raise
-    except StorageError:
+    except (StorageError, StorageInternalError):
         raise
     except Exception as error:  # a bug in a method or in this program ends one trial, not a night's sweep
         outcome, message, trace = "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
     release(shop.base.device)
 
-    run.summary(progress.meter.metrics | {"seconds/total": progress.seconds})
+    seconds = progress.seconds
+    run.summary(progress.meter.metrics | {"seconds/total": seconds})
     run.end(outcome, message, trace)
     attributes = {
         "outcome": outcome,
         "message": message,
         "metrics": last,
-        "seconds": progress.seconds,
+        "seconds": seconds,
         "steps": progress.steps,
     }
     for key, value in attributes.items():
@@ -307,7 +330,16 @@ def run_trial(
         optuna_study.tell(trial, value)
     else:
         optuna_study.tell(trial, state=TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL)
-    display.finished(trial.number, outcome, message, value, progress.seconds)
+    display.finished(trial.number, outcome, message, value, seconds)
+
+
+def discard(tracking: Tracking, run_id: str) -> None:
+    """Delete the run of a trial that was cut off (MLflow can restore it): in one run, what is trained again would be
+    in its curves twice."""
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):  # it is deleted already, or in another store
+        tracking.client.delete_run(run_id)
 
 
 @dataclass
@@ -410,12 +442,12 @@ def save_adapter(model: PeftModel, fresh: Iterable[str], folder: Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     wrapped = {path for path, _ in model.base_model.layers()}
     tensors = read_weights(folder)
-    own = base_tensors(model.get_base_model())
+    own = base_slots(model.get_base_model())
     for name in fresh:
         path, _, leaf = name.rpartition(".")
         key = f"{path}.base_layer.{leaf}" if path in wrapped else name
         if PREFIX + name not in tensors:  # the adapter has trained a copy of its own
-            tensors[PREFIX + key] = own[key].cpu()
+            tensors[PREFIX + key] = getattr(*own[key]).detach().cpu()
     write_weights(tensors, folder)
 
 

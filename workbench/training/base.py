@@ -64,15 +64,15 @@ class Base:
     @property
     def labels(self) -> list[str]:
         """Class or tag names in the order of the head's outputs."""
-        names = self.model.config.id2label
+        names: Any = self.model.config.id2label
         return [names[i] for i in range(len(names))]
 
     @contextmanager
     def vocabulary(self, new_tokens: Sequence[str]) -> Iterator[Base]:
-        """Lend the base with more tokens: the same model, embeddings longer by one row a token, and a tokenizer that knows them.
+        """Lend the base with more tokens: the same model with a row more for each, and a tokenizer that knows them.
 
-        A new row is the mean of the rows of the pieces that the token was split into. Afterwards the model is as before, to
-        the bit; adapters must have been taken off by then.
+        A new row is the mean of the rows of the pieces that the token was split into. Afterwards the model is as it
+        was, to the bit; adapters must have been taken off by then.
 
         Raises:
             DataError: a token is known already, named twice, or nothing is left of it after the tokenizer's clean-up.
@@ -83,10 +83,11 @@ class Base:
         pieces = self._pieces(new_tokens)
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.add_tokens(list(new_tokens))
-        ids = tokenizer.convert_tokens_to_ids(list(new_tokens))
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[token] for token in new_tokens]
 
         tables = vocabulary_tables(self.model)
-        rows = max(self.model.get_input_embeddings().weight.shape[0], len(tokenizer))
+        rows = max(len(self.model.get_input_embeddings().weight), len(tokenizer))  # type: ignore[arg-type]
         grown = {id(table): grow(table, rows, dict(zip(ids, pieces, strict=True))) for _, _, table in tables}
         text_config = self.model.config.get_text_config()
         before = text_config.vocab_size
@@ -104,7 +105,7 @@ class Base:
         known = self.tokenizer.get_vocab()
         for token in new_tokens:
             if token in known:
-                raise DataError(f"new_tokens: {token!r} is a token already (id {known[token]}); name it as a plain string.")
+                raise DataError(f"new_tokens: {token!r} is a token already (id {known[token]}); name it as a string.")
             if list(new_tokens).count(token) > 1:
                 raise DataError(f"new_tokens: {token!r} is named twice.")
         pieces = [self.tokenizer(token, add_special_tokens=False)["input_ids"] for token in new_tokens]
@@ -116,13 +117,15 @@ class Base:
 
 def vocabulary_tables(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Every place `(module, name, parameter)` with one row a token; tied places hold the same parameter."""
-    output = model.get_output_embeddings()
-    own = {id(model.get_input_embeddings().weight)} | ({id(p) for p in output.parameters()} if output is not None else set())
-    return [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in own and p is not None]
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    own = {id(p) for layer in layers for p in layer.parameters()}
+    return [
+        (m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None and id(p) in own
+    ]
 
 
 def grow(table: nn.Parameter, rows: int, pieces: dict[int, list[int]]) -> nn.Parameter:
-    """A frozen copy of a table `(tokens, ...)` with `rows` rows; row `i` of `pieces` is the mean of the rows it names."""
+    """A frozen copy of a table `(tokens, ...)` with `rows` rows; row `i` of `pieces` is the mean of those it names."""
     longer = table.new_zeros(rows, *table.shape[1:])
     longer[: len(table)] = table.detach()
     for row, parts in pieces.items():
@@ -184,7 +187,9 @@ def load_config(model: ModelSection, labels: list[str] | None) -> PretrainedConf
     if Path(model.path).is_dir() and not (Path(model.path) / "config.json").is_file():
         raise ModelError(f"model.path: the folder {model.path} holds no config.json, so it is not a saved model.")
     with blame(f"model.path: {model.path!r} is neither a folder with a model nor a model on the Hugging Face hub"):
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
     unknown = sorted(name for name in model.overrides if not hasattr(config, name))
     if unknown:
         raise ModelError(f"model.overrides: {', '.join(unknown)} is no field of {type(config).__name__}.")
@@ -217,7 +222,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell the model which token pads: a decoder with a classification head looks for the last token before the padding."""
+    """Tell the model which token pads: a decoder that classifies looks for the last token before the padding."""
     text_config = config.get_text_config()
     if getattr(text_config, "pad_token_id", None) is None:
         text_config.pad_token_id = tokenizer.pad_token_id
@@ -233,8 +238,8 @@ def load_model(model: ModelSection, config: PretrainedConfig) -> tuple[PreTraine
         return network, set(network.state_dict())
     if Path(model.path).is_dir() and not list(Path(model.path).glob("*.safetensors")):
         raise ModelError(
-            f"model.path: the folder {model.path} holds no *.safetensors. Pickled weights (.bin) are not loaded, since a "
-            "pickle can run code: convert them, or set `weights: random`."
+            f"model.path: the folder {model.path} holds no *.safetensors. Pickled weights (.bin) are not loaded, since "
+            "a pickle can run code: convert them, or set `weights: random`."
         )
     with blame(wrong_task):
         network, report = cls.from_pretrained(
@@ -249,7 +254,9 @@ def load_model(model: ModelSection, config: PretrainedConfig) -> tuple[PreTraine
         )
     fresh = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
     if fresh and model.task not in CLASSIFICATION:
-        raise ModelError(f"{wrong_task}: its files lack {len(fresh)} weights of {type(network).__name__}, e.g. {min(fresh)}.")
+        raise ModelError(
+            f"{wrong_task}: its files lack {len(fresh)} weights of {type(network).__name__}, e.g. {min(fresh)}."
+        )
     return network, fresh
 
 

@@ -22,12 +22,16 @@ class ModelSection(Section):
     path: str = Field(description="A Hugging Face hub id, or a folder (relative to the study file).")
     task: Task = Field(description="What the model is used for; decides head, collation and metrics.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    tokenizer: str | None = Field(None, description="Another hub id or folder for the tokenizer; the model's own by default.")
+    tokenizer: str | None = Field(
+        None, description="Another hub id or folder for the tokenizer; the model's own by default."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the frozen weights.")
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: build the model from its configuration alone, seeded by `training.seed`."
     )
-    overrides: dict[str, Any] = Field(default_factory=dict, description="Fields of the model's configuration to replace.")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of the model's configuration to replace."
+    )
     trust_remote_code: bool = Field(False, description="Run code that a hub repository brings. Recorded in every run.")
 
 
@@ -46,7 +50,8 @@ class DataSection(Section):
     tokens: str | None = Field(None, description="Column with the list of words (TOKEN_CLS).")
     tags: str | None = Field(None, description="Column with the list of tags, one a word (TOKEN_CLS).")
     target: str | None = Field(
-        None, description="Column of the text to produce (SEQ_2_SEQ_LM; CAUSAL_LM: only the target is trained on and scored)."
+        None,
+        description="Column of the text to produce (SEQ_2_SEQ_LM; CAUSAL_LM: only the target is trained on and scored).",
     )
     max_length: Positive = Field(128, description="Longer inputs are cut, in tokens.")
     max_target_length: Positive = Field(128, description="Longer targets are cut, in tokens (SEQ_2_SEQ_LM).")
@@ -64,12 +69,17 @@ class TrainingSection(Section):
     eval_every: Positive | None = Field(None, description="Steps between evaluations; default: a third of `steps`.")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate (per method).")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay (per method).")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises (per method).")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up (per method).")
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises (per method)."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Decay after the warm-up (per method)."
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm (per method).")
     seed: int = Field(0, ge=0, description="Seeds initialisation, dropout and the order of the data.")
     data_order: Literal["shared", "own"] = Field(
-        "shared", description="shared: every trial sees the same batches; own: each trial draws its order from its number."
+        "shared",
+        description="shared: every trial sees the same batches; own: each trial draws its order from its number.",
     )
     base_dropout: bool = Field(False, description="Leave the frozen base's own dropout on while training.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")

@@ -65,8 +65,8 @@ class Split:
     """Rows as token ids, on disk.
 
     Attributes:
-        features: columns `input_ids` and `labels` (a class id, or a list with one id a position), `token_type_ids` where
-            there are pairs, `target` (the text itself) where there is a text to produce.
+        features: columns `input_ids` and `labels` (a class id, or a list with one id a position), `token_type_ids`
+            where there are pairs, `target` (the text itself) where there is a text to produce.
         task: what the labels mean.
         pad_token_id: fills up short rows in `collate`.
     """
@@ -81,7 +81,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The splits, tokenised. `fingerprint` is that of rows, tokenizer and settings; for `labels` and `notes` see `RawData`."""
+    """The splits, tokenised; `fingerprint` is of rows, tokenizer and settings; `labels`, `notes` as in `RawData`."""
 
     train: Split
     validation: Split
@@ -103,15 +103,15 @@ def read_data(data: DataSection, task: Task) -> RawData:
     """Read the splits and find the labels.
 
     Raises:
-        DataError: a file, split or column is missing, a split is empty, a row lacks its text or label, tokens and tags differ
-            in length, or validation or test hold a label that training does not.
+        DataError: a file, split or column is missing, a split is empty, a row lacks its text or label, tokens and tags
+            differ in length, or validation or test hold a label that training does not.
     """
     loaded, notes = load_splits(data), []
     if "validation" not in loaded:
         loaded |= hold_out(loaded["train"])
         notes.append(
-            f"There is no validation split: {len(loaded['validation'])} rows ({HELD_OUT:.0%}) of train are held out for it, "
-            f"drawn with seed {HELD_OUT_SEED}."
+            f"There is no validation split: {len(loaded['validation'])} rows ({HELD_OUT:.0%}) of train are held out "
+            f"for it, drawn with seed {HELD_OUT_SEED}."
         )
     splits = {}
     for name, dataset in loaded.items():
@@ -133,22 +133,29 @@ def load_splits(data: DataSection) -> dict[str, Dataset]:
     """The splits that exist, with all their columns, in the order of `SPLITS`."""
     if data.path is not None and not Path(data.path).is_dir():
         return load_hub(data)
-    files = {} if data.path is None else find_files(Path(data.path))
-    files |= {name: Path(value) for name in SPLITS if (value := getattr(data, name)) is not None}
+    files = {name: Path(value) for name in SPLITS if (value := getattr(data, name)) is not None}
+    if data.path is not None:
+        files |= find_files(Path(data.path), [name for name in SPLITS if name not in files])
     if "train" not in files:
-        where = f"the folder {data.path} holds no train.csv, .jsonl, .json or .parquet" if data.path else "data.train is not set"
+        where = (
+            f"the folder {data.path} holds no train.csv, .jsonl, .json or .parquet"
+            if data.path
+            else "data.train is not set"
+        )
         raise DataError(f"data: there is no training split: {where}.")
     return {name: load_file(files[name]) for name in SPLITS if name in files}
 
 
-def find_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that are named as splits are."""
+def find_files(folder: Path, splits: Sequence[str]) -> dict[str, Path]:
+    """The files of a folder that are named as these splits are."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.stem in SPLITS and path.suffix in READERS:
-            if path.stem in found:
-                raise DataError(f"data.path: both {found[path.stem].name} and {path.name} are in {folder}; name one in data.{path.stem}.")
-            found[path.stem] = path
+    for split in splits:
+        paths = [path for suffix in READERS if (path := folder / f"{split}{suffix}").is_file()]
+        if len(paths) > 1:
+            names = ", ".join(path.name for path in paths)
+            raise DataError(f"data.path: the folder {folder} holds {names}; say which in data.{split}.")
+        if paths:
+            found[split] = paths[0]
     return found
 
 
@@ -195,7 +202,9 @@ def load_hub(data: DataSection) -> dict[str, Dataset]:
         found = datasets.load_dataset(data.path, data.name, revision=data.revision)
     except Exception as error:  # the library raises of every kind
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"data.path: {data.path!r} is neither a folder nor a data set on the Hugging Face hub: {reason[0]}") from error
+        raise DataError(
+            f"data.path: {data.path!r} is neither a folder nor a data set on the Hugging Face hub: {reason[0]}"
+        ) from error
     for split in SPLITS:
         asked = getattr(data, split)
         if (asked or split) not in found and (asked or split == "train"):
@@ -271,7 +280,9 @@ def find_labels(splits: dict[str, Columns], task: Task) -> list[str]:
         raise DataError(f"data.{column}: all rows of train are labelled {labels[0]!r}; there is nothing to tell apart.")
     for name, names in used.items():
         if extra := sorted(names - used["train"]):
-            raise DataError(f"data.{column}: {name} has labels that train lacks: {', '.join(extra)}; train has {', '.join(labels)}.")
+            raise DataError(
+                f"data.{column}: {name} has labels that train lacks: {', '.join(extra)}; train has {', '.join(labels)}."
+            )
     return labels
 
 
@@ -309,7 +320,9 @@ def tokenize(raw: RawData, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) 
         if not len(features):
             raise DataError(f"data: no row of {name} holds anything to learn from after tokenisation.")
         if len(features) < rows:
-            notes.append(f"{rows - len(features)} of {rows} rows of {name} hold nothing to learn from and are left out.")
+            notes.append(
+                f"{rows - len(features)} of {rows} rows of {name} hold nothing to learn from and are left out."
+            )
         splits[name] = Split(features, raw.task, tokenizer.pad_token_id)
     return TaskData(splits["train"], splits["validation"], splits.get("test"), raw.labels, notes, fingerprint)
 
@@ -325,7 +338,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def encoder(raw: RawData, tokenizer: PreTrainedTokenizerBase) -> Callable[[Columns], Columns]:
-    """The function that turns a batch of text columns into columns of ids; rows without anything to learn are left out."""
+    """The function that turns a batch of text columns into columns of ids, without the rows that teach nothing."""
     ids = {label: i for i, label in enumerate(raw.labels)}
     cut = {"truncation": True, "max_length": min(raw.section.max_length, tokenizer.model_max_length)}
     cut_target = {"truncation": True, "max_length": raw.section.max_target_length}
@@ -343,18 +356,26 @@ def encoder(raw: RawData, tokenizer: PreTrainedTokenizerBase) -> Callable[[Colum
         labels = []
         for i, tags in enumerate(batch["tags"]):
             words = encoded.word_ids(i)
-            first = [word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)]
+            first = [
+                word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)
+            ]
             labels.append([ids[tags[word]] if new else IGNORED for word, new in zip(words, first, strict=True)])
-        return keep({"input_ids": encoded["input_ids"], "labels": labels}, [max(row, default=IGNORED) >= 0 for row in labels])
+        return keep(
+            {"input_ids": encoded["input_ids"], "labels": labels}, [max(row, default=IGNORED) >= 0 for row in labels]
+        )
 
     def causal_lm(batch: Columns) -> Columns:
         rows = tokenizer(batch["text"], **cut)["input_ids"]
-        return keep({"input_ids": rows, "labels": rows}, [len(row) > 1 for row in rows])  # the first token is not predicted
+        return keep(
+            {"input_ids": rows, "labels": rows}, [len(row) > 1 for row in rows]
+        )  # the first token is not predicted
 
     def causal_lm_target(batch: Columns) -> Columns:
         prompts = [row[:-1] if row[-1:] == [eos] else row for row in tokenizer(batch["text"], **cut)["input_ids"]]
         cut_before_eos = cut_target | {"max_length": raw.section.max_target_length - 1}
-        targets = [[*row, eos] for row in tokenizer(batch["target"], add_special_tokens=False, **cut_before_eos)["input_ids"]]
+        targets = [
+            [*row, eos] for row in tokenizer(batch["target"], add_special_tokens=False, **cut_before_eos)["input_ids"]
+        ]
         return keep(
             {
                 "input_ids": [prompt + target for prompt, target in zip(prompts, targets, strict=True)],
@@ -387,7 +408,7 @@ def keep(columns: Columns, rows: list[bool]) -> Columns:
 
 
 def batches(rows: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """`steps` lists of `batch_size` row numbers: one random order of all rows after another, each row as often as any other."""
+    """`steps` lists of `batch_size` row numbers: one random order of all rows after the other, without a gap."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for _ in range(steps):

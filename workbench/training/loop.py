@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, overload
+from typing import Any, Concatenate, Literal, ParamSpec, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from workbench.errors import Diverged, OutOfMemory
 from .base import Base
 from .config import TrainingSection
 from .data import IGNORED, Split, TaskData, batches, collate, pad
-from .memory import Meter
+from .memory import Meter, release
 from .metrics import METRICS, score_classes, score_tags, score_texts
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # names in transformers
@@ -52,22 +51,25 @@ class Result:
 # ---------------------------------------------------------------- training
 
 
-def releasing_memory(function: Callable[P, Result]) -> Callable[P, Result]:
+def releasing_memory(
+    function: Callable[Concatenate[PeftModel, Base, P], Result],
+) -> Callable[Concatenate[PeftModel, Base, P], Result]:
     """Turn running out of memory into `OutOfMemory`, raised when the function's tensors are gone."""
 
     @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+    def run(model: PeftModel, base: Base, *args: P.args, **kwargs: P.kwargs) -> Result:
         try:
-            return function(*args, **kwargs)
+            return function(model, base, *args, **kwargs)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             # the CPU allocator says so in a plain RuntimeError
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
                 raise
             reason = next(iter(str(error).strip().splitlines()), "no memory left")
         # out of the except block the error is gone, and with it the frames that hold activations and optimiser state
-        gc.collect()
-        torch.cuda.empty_cache()
-        raise OutOfMemory(f"The trial does not fit into memory; try a smaller batch_size or eval_batch_size ({reason}).")
+        release(base.device)
+        raise OutOfMemory(
+            f"The trial does not fit into memory; try a smaller batch_size or eval_batch_size ({reason})."
+        )
 
     return run
 
@@ -103,7 +105,8 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = get_scheduler(SCHEDULES[settings.schedule], optimizer, round(settings.warmup * settings.steps), settings.steps)
+    rising = round(settings.warmup * settings.steps)
+    schedule = get_scheduler(SCHEDULES[settings.schedule], optimizer, rising, settings.steps)
     order = batches(len(data.train), settings.batch_size, settings.steps, order_seed)
     result = Result(meter or Meter(base.device))
     step = 0
@@ -231,7 +234,8 @@ def evaluate(
         metrics["accuracy"] = sum(right) / len(right)
     if "target" in split.features.column_names:
         longest = max(len(row.labels) for row in rows)
-        predicted = in_order(order, [text for indices in order for text in produce(model, base, split, indices, longest)])
+        texts = [text for indices in order for text in produce(model, base, split, indices, longest)]
+        predicted = in_order(order, texts)
         metrics |= score_texts(predicted, split.features["target"][:])
     return (metrics, predicted) if predictions else metrics
 
@@ -284,7 +288,7 @@ def produce(model: PeftModel, base: Base, split: Split, indices: list[int], long
         eos_token_id=base.tokenizer.eos_token_id,
         decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
     )
-    written = model.generate(**to_device(inputs, base.device), generation_config=greedy)
+    written = model.generate(generation_config=greedy, adapter_names=None, **to_device(inputs, base.device))
     if base.task == "CAUSAL_LM":
         written = written[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in base.tokenizer.batch_decode(written, skip_special_tokens=True)]

@@ -24,8 +24,8 @@ class Meter:
     """Measures phases such as load, train and eval, which may be entered many times.
 
     `metrics` holds, for each phase, `seconds/<phase>` (the sum) and peaks in MiB (the highest): on CUDA
-    `cuda_peak_allocated_mib/<phase>` and `cuda_peak_reserved_mib/<phase>`, else `process_peak_growth_mib/<phase>`: how far the
-    process's memory rose above where it stood when the phase began.
+    `cuda_peak_allocated_mib/<phase>` and `cuda_peak_reserved_mib/<phase>`, else `process_peak_growth_mib/<phase>`: how
+    far the process's memory rose above where it stood when the phase began.
     """
 
     def __init__(self, device: torch.device):
@@ -112,9 +112,9 @@ def sampled(peaks: dict[str, float]) -> Iterator[None]:
 
 
 def release(device: torch.device) -> None:
-    """Give freed memory back to the device, or on Linux to the system, so that trials are measured from the same start."""
+    """Give freed memory back to the device, or on Linux to the system: trials are then measured from the same start."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif hasattr(LIBC, "malloc_trim"):
+    elif LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Metrics by task. Importing this file does not import torch or scikit-learn, so that a study can be checked quickly."""
+"""Metrics by task. Importing this file imports neither torch nor scikit-learn: a study file is checked quickly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def score_classes(predicted: Sequence[str], actual: Sequence[str]) -> dict[str, 
 
 
 def score_tags(predicted: Sequence[Sequence[str]], actual: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Accuracy over words, and F1 over entities: an entity counts as found if its tag, first and last word are right."""
+    """Accuracy over words, and F1 over entities: one counts as found if its tag, first and last word are right."""
     pairs = [pair for p, a in zip(predicted, actual, strict=True) for pair in zip(p, a, strict=True)]
     found = [entities(row) for row in predicted]
     there = [entities(row) for row in actual]

@@ -38,7 +38,7 @@ def resolve(tokens: TokenChoice, tokenizer: PreTrainedTokenizerBase, split: Spli
         split: the training split, tokenised by the same tokenizer; frequency and information are counted in it.
 
     Raises:
-        DataError: an id is out of range or chosen twice, a string is not exactly one token, or there are too few tokens.
+        DataError: an id is out of range or chosen twice, a string is not exactly one token, or tokens are too few.
     """
     special = tokenizer.all_special_ids
     ids = [
@@ -84,8 +84,8 @@ def most_frequent(split: Split, k: int, exclude: Collection[int] = ()) -> list[i
 
 
 def most_informative(split: Split, k: int, exclude: Collection[int] = ()) -> list[int]:
-    """The `k` tokens whose presence tells most about the label: mutual information with the class of the row (SEQ_CLS) or
-    with the tag of the position (TOKEN_CLS); of equals, those with the lower id.
+    """The `k` tokens whose presence tells most about the label: mutual information with the class of the row (SEQ_CLS)
+    or with the tag of the position (TOKEN_CLS); of equals, those with the lower id.
 
     Raises:
         DataError: the task has no labels, or the split has fewer different tokens.

@@ -153,10 +153,12 @@ class LoraEmbedding(Lora):
         if init:
             nn.init.zeros_(self.lora_embedding_A)
             nn.init.normal_(self.lora_embedding_B)
+        self.padding_idx = layer.padding_idx
         self.row_scale = base_ops.embedding_scale(layer)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + F.embedding(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T * self.scaling * self.row_scale
+        rows = F.embedding(x, self.lora_embedding_A.T, self.padding_idx) @ self.lora_embedding_B.T
+        return y + rows * self.scaling * self.row_scale
 
     def delta(self) -> Tensor:
         return self.lora_embedding_B @ self.lora_embedding_A * self.scaling

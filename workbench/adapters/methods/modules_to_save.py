@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Slot
 
 
 class ModulesToSave(Adapter):
@@ -25,8 +25,5 @@ class ModulesToSave(Adapter):
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         return self.modules_to_save(*args, **kwargs)
 
-    def saved(self) -> dict[str, Tensor]:
-        return dict(self.modules_to_save.state_dict())
-
-    def load(self, tensors: Any, path: str) -> None:
-        super().load({f"modules_to_save.{name}": tensor for name, tensor in tensors.items()}, path)
+    def slots(self) -> dict[str, Slot]:
+        return {name.removeprefix("modules_to_save."): slot for name, slot in super().slots().items()}

@@ -3,7 +3,6 @@ rows are replaced after the lookup, so neither the table nor its gradient is eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -64,6 +63,8 @@ class TrainableTokens(Adapter):
 
     def __init__(self, layer: base_ops.Layer, config: TrainableTokensConfig, path: str):
         super().__init__()
+        if not config.token_indices:
+            raise ConfigError(f"No token ids are given for {path}: nothing would train.", "token_indices")
         rows = layer.weight.shape[0]
         outside = [i for i in config.token_indices if i >= rows]
         if outside:
@@ -146,6 +147,3 @@ class TiedTokens(Adapter):
     def saved(self) -> dict[str, Tensor]:
         """The same rows again, under this layer's name, as peft writes them; inside LoRA they are written once."""
         return {} if self._source[0].prefix else self._source[0].saved()
-
-    def load(self, tensors: Mapping[str, Tensor], path: str) -> None:
-        """Nothing: the embedding's adapter loads the rows."""

@@ -1,0 +1,176 @@
+"""A base model of 0.1 million parameters, a few film reviews, and sweeps over them that take a second or two."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import mlflow
+import optuna
+import pytest
+import torch
+from mlflow.entities import Run
+from mlflow.store.entities import PagedList
+from transformers import BertConfig, BertModel
+
+from workbench.cli import main
+from workbench.tracking.runs import default_store, open_tracking
+
+ASSETS = Path(__file__).parents[2] / "studies" / "assets"
+
+METHODS = """
+lora:
+  r: {values: [2, 4]}
+  target_modules: [query, value]
+  learning_rate: {min: 1e-3, max: 1e-1, distribution: log_uniform_values}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder without a pooler or head, so that both are drawn from the study's seed; the tokenizer is real."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "minilm-l3-8k" / name, folder)
+    config = BertConfig(
+        vocab_size=8000,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # wide enough that an untrained model tells inputs apart
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first reviews of each split, in CSV files."""
+    folder = tmp_path_factory.mktemp("reviews")
+    for split, rows in (("train", 160), ("validation", 50)):
+        lines = (ASSETS / "movie_sentiment" / f"{split}.csv").read_text().splitlines(keepends=True)
+        (folder / f"{split}.csv").write_text("".join(lines[: rows + 1]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty_stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose stores hold nothing: copying it is quicker than making one."""
+    home = tmp_path_factory.mktemp("empty") / "home"
+    open_tracking(*default_store(home))
+    optuna.storages.RDBStorage(f"sqlite:///{home / 'optuna.db'}")
+    return home
+
+
+@dataclass
+class Done:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def workbench(*words: object) -> Done:
+    """Run the `workbench` command in this process, not on a terminal."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with mock.patch.object(sys, "argv", ["workbench", *map(str, words)]):
+                main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@dataclass
+class Lab:
+    """A folder with one study file and the stores that its sweeps fill."""
+
+    folder: Path
+    model: Path
+    data: Path
+    name: str = "tiny"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "study.yaml"
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    def write(self, methods: str = METHODS, budget: str = "{trials: 3}", training: str = "", more: str = "") -> Lab:
+        """Write the study file: 10 steps a trial, measured after 5 and 10; random search unless `more` says otherwise."""
+        sections = {
+            "study": self.name,
+            "model": f"{{path: {self.model}, task: SEQ_CLS}}",
+            "data": f"{{path: {self.data}, text: text, label: label, max_length: 32}}",
+            "training": f"{{steps: 10, batch_size: 8, eval_every: 5, device: cpu{training and ', ' + training}}}",
+            "methods": "\n" + textwrap.indent(textwrap.dedent(methods).strip(), "  "),
+            "budget": budget,
+        }
+        if "search:" not in more:
+            sections["search"] = "{sampler: random, pruner: none}"
+        self.file.write_text("".join(f"{key}: {value}\n" for key, value in sections.items()) + more)
+        return self
+
+    def sweep(self, *words: object) -> Done:
+        return workbench("sweep", self.file, "--home", self.home, *words)
+
+    @property
+    def study(self) -> optuna.Study:
+        return optuna.load_study(study_name=self.name, storage=f"sqlite:///{self.home / 'optuna.db'}")
+
+    @property
+    def client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(default_store(self.home)[0])
+
+    @property
+    def runs(self) -> PagedList[Run]:
+        experiment = self.client.get_experiment_by_name(self.name)
+        return self.client.search_runs([experiment.experiment_id])
+
+    @property
+    def parent(self) -> Run:
+        (run,) = [run for run in self.runs if run.data.tags.get("workbench.kind") == "study"]
+        return run
+
+    @property
+    def trials(self) -> list[Run]:
+        """The child runs, by trial number."""
+        parent = self.parent.info.run_id
+        children = [run for run in self.runs if run.data.tags.get("mlflow.parentRunId") == parent]
+        return sorted(children, key=lambda run: int(run.data.tags["workbench.trial"]))
+
+    def adapter(self, run: Run) -> Path:
+        """The folder of a trial's adapter."""
+        return Path(self.client.download_artifacts(run.info.run_id, "adapter"))
+
+
+@pytest.fixture(scope="session")
+def new_lab(tiny_bert: Path, reviews: Path, empty_stores: Path) -> Callable[[Path], Lab]:
+    """Makes a lab in a folder, with empty stores."""
+
+    def make(folder: Path) -> Lab:
+        lab = Lab(folder, tiny_bert, reviews)
+        shutil.copytree(empty_stores, lab.home)
+        return lab
+
+    return make
+
+
+@pytest.fixture
+def lab(new_lab: Callable[[Path], Lab], tmp_path: Path) -> Lab:
+    return new_lab(tmp_path)
