@@ -42,13 +42,6 @@ def page() -> None:
     st.fragment(_body, run_every=REFRESH if live else None)(uri, name, live)
 
 
-def best_first(trials: pd.DataFrame, goal: str) -> pd.DataFrame:
-    """Complete trials by objective, then the others by objective, then those that have none."""
-    keys = trials.assign(nothing=trials["objective"].isna(), unfinished=trials["outcome"] != "complete")
-    order = keys.sort_values(["nothing", "unfinished", "objective"], ascending=[True, True, goal == "minimize"])
-    return trials.loc[order.index].reset_index(drop=True)
-
-
 def _body(uri: str, name: str, live: bool) -> None:
     """Everything that changes while trials run."""
     try:
@@ -59,7 +52,7 @@ def _body(uri: str, name: str, live: bool) -> None:
         return
     if live and study["status"] != "RUNNING":
         st.rerun()  # the whole page, which stops the timer
-    trials = best_first(trials, study["goal"])
+    trials = frames.ranked(trials, study["goal"])
     _tiles(trials, study)
     if trials.empty:
         st.info("The first trial has not started yet.", icon=":material/hourglass_top:")

@@ -60,7 +60,7 @@ def sweep(
     from workbench.sweep.run import sweep as run
     from workbench.sweep.spec import load_study
     from workbench.tracking import frames
-    from workbench.tracking.leaderboard import leaderboard, outcomes, ranked
+    from workbench.tracking.leaderboard import leaderboard, outcomes
 
     loaded = load_study(study)
     if trials is not None:
@@ -76,7 +76,7 @@ def sweep(
     table, objective = frames.trials(where.tracking, loaded.name), loaded.objective
     console.print(leaderboard(table, loaded.name, objective.metric, objective.goal))
     display.say(f"{len(table)} trials: {outcomes(table)}")
-    winner = ranked(table, objective.goal).iloc[0]
+    winner = frames.ranked(table, objective.goal).iloc[0]
     if winner["outcome"] != "complete":
         display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
         raise typer.Exit(1)
@@ -87,7 +87,7 @@ def sweep(
     for what, words in {
         "compare the trials in a browser": ["dashboard", *stored],
         "see this table again": ["show", loaded.name, *stored],
-        "check the file once you have changed it, with a new name for the new study": ["validate", str(study)],
+        "after changing the file, and the study's name in it": ["validate", str(study)],
     }.items():
         display.say(f"  workbench {shlex.join(words)}  # {what}")
 

@@ -14,7 +14,6 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboards import charts, launch
-from dashboards.overview import best_first
 from workbench.tracking import frames
 
 ROOT = Path(__file__).parents[2]
@@ -96,9 +95,9 @@ def test_an_unreadable_optuna_storage_leaves_the_rest(app, store, tmp_path, monk
 
 def test_best_first(store):
     trials = frames.trials(store, "done")
-    assert best_first(trials, "maximize")["number"].tolist() == [1, 0, 2, 3]
-    assert best_first(trials, "minimize")["number"].tolist() == [0, 1, 2, 3]
-    assert best_first(trials.iloc[:0], "maximize").empty
+    assert frames.ranked(trials, "maximize")["number"].tolist() == [1, 0, 2, 3]
+    assert frames.ranked(trials, "minimize")["number"].tolist() == [0, 1, 2, 3]
+    assert frames.ranked(trials.iloc[:0], "maximize").empty
 
 
 def _points(trials: pd.DataFrame, selected: list[str]) -> pd.DataFrame:

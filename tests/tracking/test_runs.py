@@ -50,14 +50,15 @@ def test_a_study_has_one_parent_run_however_often_it_is_opened(tracking, tmp_pat
     assert len(tracking.client.search_runs([experiment.experiment_id])) == 1
 
 
-def test_a_trial_number_is_one_run(tracking):
+def test_a_trial_that_is_trained_again_replaces_what_was_cut_off(tracking):
     study = _study(tracking)
     trial = study.open_trial(0, {"lora.r": 8}, {"workbench.label": "lora"})
     other = study.open_trial(1, {"lora.r": 4}, {"workbench.label": "lora"})
     trial.end("interrupted", "Ctrl-C")
     again = study.open_trial(0, {"lora.r": 8}, {"workbench.label": "lora"})
-    assert again.run_id == trial.run_id != other.run_id
-    run = tracking.client.get_run(trial.run_id)
+    assert len({again.run_id, trial.run_id, other.run_id}) == 3
+    assert tracking.client.get_run(trial.run_id).info.lifecycle_stage == "deleted"
+    run = tracking.client.get_run(again.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.tags["mlflow.parentRunId"] == study.run_id
     assert run.data.tags["workbench.trial"] == "0"

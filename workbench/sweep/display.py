@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .space import TrialConfig
+from .space import TrialConfig, combinations
 from .spec import Study
 
 
@@ -115,10 +115,11 @@ class Display:
 
     def finished_before(self, trials: Sequence[FrozenTrial]) -> None:
         """There is nothing left to do."""
-        self.say(
-            f"study {self.study.name} is finished: {len(trials)} trials have used its budget ({budget(self.study)}). "
-            "Raise the budget to go on with it."
-        )
+        tried = f"study {self.study.name} is finished: {len(trials)} trials"
+        if self.study.search.sampler == "grid" and len(trials) >= (combinations(self.study) or 0):
+            self.say(f"{tried}, every combination of its grid.")
+        else:
+            self.say(f"{tried} have used its budget ({budget(self.study)}). Raise the budget to go on with it.")
 
 
 def budget(study: Study) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from workbench.adapters.inject import plan
+from torch import nn
+
+from workbench.adapters.inject import ALL_LINEAR, Site, named, plan, sites
 from workbench.errors import ConfigError, DataError, StudyError
 from workbench.training.base import Base
 from workbench.training.data import Split
@@ -75,7 +77,23 @@ def find_fault(method: str, fields: dict[str, Any], base: Base, train: Split) ->
             # ids of new tokens lie beyond the base's own table, which `plan` looks at
             fields = fields | {key: [0] if value.new_tokens else ids}
     try:
-        plan(base.model, peft_config(method, base.task, fields))
+        found = plan(base.model, peft_config(method, base.task, fields))
     except ConfigError as error:
         return error
+    return unmatched(fields, base.model, found)
+
+
+def unmatched(fields: dict[str, Any], model: nn.Module, found: list[tuple[Site, str]]) -> ConfigError | None:
+    """The first name that fits no module. The adapter library is content if one of several fits; here, the others
+    are taken for misspelt."""
+    everything = list(sites(model))
+    targets = [site for site, role in found if role == "target"]
+    for key, scope in {"target_modules": everything, "modules_to_save": everything, "feedforward_modules": targets}.items():
+        names = fields.get(key) or ()
+        for pattern in [names] if isinstance(names, str) else [[name] for name in names]:
+            if pattern != ALL_LINEAR and not any(named(site.path, pattern) for site in scope):
+                known = sorted({site.name for site in scope if not site.name.isdigit()})
+                name = pattern if isinstance(pattern, str) else pattern[0]
+                where = "the model has" if scope is everything else "the modules to adapt are"
+                return ConfigError(f"{key}: nothing is called {name!r}; {where} {', '.join(known[:20])}.", key)
     return None

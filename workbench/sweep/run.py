@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, Sto
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun, environment, open_tracking, public_url
 from workbench.training.base import Base, load_base, pick_device
 from workbench.training.data import RawData, TaskData, read_data, tokenize
-from workbench.training.loop import Result, releasing_memory, train
+from workbench.training.loop import Result, train
 from workbench.training.memory import Meter, release
 from workbench.training.tokens import resolve
 
@@ -32,7 +32,7 @@ from .configure import peft_config
 from .display import Display
 from .domains import Tokens
 from .preflight import preflight
-from .space import TrialConfig, combinations, pruner, sampler, suggest
+from .space import TrialConfig, brief, combinations, pruner, sampler, suggest
 from .spec import Study
 from .stores import Stores
 
@@ -246,10 +246,9 @@ def run_trial(
         "workbench.label": config.label,
         "workbench.method": config.method,
         "workbench.seed": str(settings.seed),
+        "workbench.searched": " ".join(config.varied),
     }
     params = {f"{config.label}.{key}": readable(value) for key, value in (config.adapter | config.training).items()}
-    if "run_id" in trial.user_attrs:
-        discard(tracking, trial.user_attrs["run_id"])
     run = parent.open_trial(trial.number, params, tags)
     tracking.log_dataset(run, study.name, study.data.path or study.data.train or "", shop.raw.fingerprint)
     trial.set_user_attr("run_id", run.run_id)
@@ -274,8 +273,9 @@ def run_trial(
         if worse and step < settings.steps:
             raise optuna.TrialPruned(f"worse than others at step {step}")
 
-    @releasing_memory  # an adapter may be too large to be made
-    def attempt() -> Result:
+    outcome: Outcome = "complete"
+    message = trace = ""
+    try:
         with shop.lend(config) as (base, data, peft_config), adapted(base, peft_config, settings.seed) as model:
             count(model, trial, run)
             result = train(
@@ -290,18 +290,12 @@ def run_trial(
                 meter=progress.meter,
             )
             keep(result, model, shop, base, config, trial, run)
-            return result
-
-    outcome: Outcome = "complete"
-    message = trace = ""
-    try:
-        attempt()
     except optuna.TrialPruned as pruned:
         outcome, message = "pruned", str(pruned)
     except Diverged as error:
         outcome, message = "diverged", str(error)
-    except OutOfMemory as error:
-        outcome, message = "out_of_memory", str(error)
+    except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:  # the last two: when the adapter is made
+        outcome, message = "out_of_memory", str(error) or "no memory left"
     except (AdapterError, DataError) as error:
         outcome, message = "infeasible", str(error)
     except KeyboardInterrupt:
@@ -331,15 +325,6 @@ def run_trial(
     else:
         optuna_study.tell(trial, state=TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL)
     display.finished(trial.number, outcome, message, value, seconds)
-
-
-def discard(tracking: Tracking, run_id: str) -> None:
-    """Delete the run of a trial that was cut off (MLflow can restore it): in one run, what is trained again would be
-    in its curves twice."""
-    from mlflow.exceptions import MlflowException
-
-    with suppress(MlflowException):  # it is deleted already, or in another store
-        tracking.client.delete_run(run_id)
 
 
 @dataclass
@@ -452,5 +437,5 @@ def save_adapter(model: PeftModel, fresh: Iterable[str], folder: Path) -> None:
 
 
 def readable(value: Any) -> Any:
-    """A hyperparameter as a param of MLflow."""
-    return value.describe() if isinstance(value, Tokens) else value
+    """A hyperparameter as a param of MLflow: as it is, but for lists and tokens, which are spelt out."""
+    return brief(value) if isinstance(value, Tokens | list) else value

@@ -41,7 +41,7 @@ class TrialConfig:
     def describe(self) -> dict[str, str]:
         """The searched hyperparameters in a short form for people, e.g. {"r": "8", "learning_rate": "0.00123"}."""
         values = self.adapter | self.training
-        return {key: _brief(values[key]) for key in self.varied}
+        return {key: brief(values[key]) for key in self.varied}
 
 
 def suggest(trial: BaseTrial, study: Study) -> TrialConfig:
@@ -138,7 +138,8 @@ def _draw(trial: BaseTrial, name: str, domain: Domain) -> Any:
             return low + round((number - low) / q) * q if log and q else number
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A hyperparameter in a few characters."""
     match value:
         case Tokens():
             return value.describe()

@@ -21,7 +21,7 @@ PAGE = 1000  # runs a request
 STUDY_COLUMNS = ["study", "status", "metric", "goal", "optuna", "file", "started", "run_id"]
 COUNTS = ["trainable_params", "all_params", "adapter_bytes"]  # whole numbers, which MLflow keeps as floats
 TRIAL_COLUMNS = ["number", "label", "method", "outcome", "objective", *COUNTS, "trainable_percent"]
-TRIAL_COLUMNS += ["message", "started", "run_id"]
+TRIAL_COLUMNS += ["searched", "message", "started", "run_id"]
 
 
 def studies(tracking_uri: str) -> pd.DataFrame:
@@ -68,6 +68,18 @@ def trials(tracking_uri: str, study: str) -> pd.DataFrame:
     for column in frame.columns[frame.columns.str.startswith("hp.")]:
         frame[column] = _numeric(frame[column])
     return frame.sort_values("number", ignore_index=True)
+
+
+def ranked(trials: pd.DataFrame, goal: str) -> pd.DataFrame:
+    """The table of `trials`: complete ones by objective, then the others by objective, then those that have none.
+
+    A column `rank` counts the complete ones from 1; it is 0 for the others.
+    """
+    complete = trials["outcome"] == "complete"
+    keys = trials.assign(nothing=trials["objective"].isna(), unfinished=~complete)
+    order = keys.sort_values(["nothing", "unfinished", "objective"], ascending=[True, True, goal == "minimize"])
+    rows = trials.loc[order.index].reset_index(drop=True)
+    return rows.assign(rank=(rows["outcome"] == "complete").cumsum().where(rows["outcome"] == "complete", 0))
 
 
 def history(tracking_uri: str, run_id: str) -> pd.DataFrame:
@@ -148,6 +160,7 @@ def _trial_row(run: Run) -> dict[str, Any]:
         "number": int(tags["workbench.trial"]),
         "label": label,
         "method": tags.get("workbench.method", ""),
+        "searched": tags.get("workbench.searched", ""),
         "outcome": "running" if running else tags.get("workbench.outcome", run.info.status.lower()),
         "message": tags.get("workbench.message", ""),
         "started": run.info.start_time,

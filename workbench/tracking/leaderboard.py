@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from .frames import ranked
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -13,15 +15,6 @@ MEMORY = {  # what is shown as memory, the first that was measured
     "cuda_peak_allocated_mib/train": "CUDA peak, MiB",
     "process_peak_growth_mib/train": "process growth, MiB",
 }
-
-
-def ranked(trials: pd.DataFrame, goal: str) -> pd.DataFrame:
-    """The trials of `frames.trials`, complete ones by their objective, then the others by number; column `rank` from
-    1."""
-    complete = trials["outcome"] == "complete"
-    best_first = trials[complete].sort_values("objective", ascending=goal == "minimize", kind="stable")
-    ordered = [*best_first.index, *trials.index[~complete]]
-    return trials.loc[ordered].assign(rank=[*range(1, len(best_first) + 1), *[0] * (len(trials) - len(best_first))])
 
 
 def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Table:
@@ -35,15 +28,12 @@ def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Tab
     for name in (metric, "trainable", MEMORY.get(memory, "memory"), "seconds"):
         table.add_column(name, justify="right")
     table.add_column("outcome")
-    varied = searched(trials)
     for _, trial in ranked(trials, goal).iterrows():
         table.add_row(
             str(trial["rank"] or ""),
             str(trial["number"]),
             trial["label"],
-            ", ".join(
-                f"{name}={brief(trial[f'hp.{name}'])}" for name in varied[trial["label"]] if there(trial[f"hp.{name}"])
-            ),
+            ", ".join(f"{name}={brief(trial[f'hp.{name}'])}" for name in trial["searched"].split()),
             f"{trial['objective']:.4f}" if there(trial["objective"]) else "",
             f"{trial['trainable_params']:,}" if there(trial["trainable_params"]) else "",
             f"{trial[memory]:.0f}" if memory and there(trial[memory]) else "",
@@ -52,19 +42,6 @@ def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Tab
             style="bold" if trial["rank"] == 1 else None,
         )
     return table
-
-
-def searched(trials: pd.DataFrame) -> dict[str, list[str]]:
-    """The hyperparameters that differ between the trials of a label; all of them where there is one trial only."""
-    columns = [column for column in trials if str(column).startswith("hp.")]
-    return {
-        str(label): [
-            str(column).removeprefix("hp.")
-            for column in columns
-            if rows[column].astype(str).nunique() > 1 or (len(rows) == 1 and there(rows[column].iloc[0]))
-        ]
-        for label, rows in trials.groupby("label")
-    }
 
 
 def there(value: object) -> bool:

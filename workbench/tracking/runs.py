@@ -30,6 +30,7 @@ from workbench.errors import StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as StoredRun
 
 # MLflow reads these; the second keeps it from printing two links to stdout whenever a run on a server ends
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -162,10 +163,13 @@ class Tracking:
             else:
                 experiment_id = experiment.experiment_id
             known = {"workbench.kind": "study", "workbench.study": name}
-            run_id = _open_run(self.client, experiment_id, name, known, params, tags)
+            found = _find_runs(self.client, experiment_id, known)
+            run = found[0] if found else self.client.create_run(experiment_id, tags=known, run_name=name)
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            _describe(self.client, run, params, tags)
             for file, text in artifacts.items():
-                self.client.log_text(run_id, text, file)
-            return StudyRun(self.client, run_id, experiment_id, name)
+                self.client.log_text(run.info.run_id, text, file)
+            return StudyRun(self.client, run.info.run_id, experiment_id, name)
 
     def log_dataset(self, run: Run, name: str, source: str, digest: str) -> None:
         """Note the data a run used, as an MLflow dataset input.
@@ -244,7 +248,10 @@ class StudyRun(Run):
         self._experiment_id = experiment_id
 
     def open_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrialRun:
-        """The child run of one trial: made the first time, found and set running again afterwards.
+        """A new child run for one trial.
+
+        A run that an earlier try at this trial left behind is deleted (MLflow sets deleted runs aside), so that no step
+        is recorded twice.
 
         Args:
             number: Optuna's trial number, from 0.
@@ -257,8 +264,11 @@ class StudyRun(Run):
             "workbench.trial": str(number),
         }
         with storage_errors(self._client.tracking_uri):
-            run_id = _open_run(self._client, self._experiment_id, f"trial {number}", known, params, tags)
-        return TrialRun(self._client, run_id)
+            for earlier in _find_runs(self._client, self._experiment_id, known):
+                self._client.delete_run(earlier.info.run_id)
+            run = self._client.create_run(self._experiment_id, tags=known, run_name=f"trial {number}")
+            _describe(self._client, run, params, tags)
+        return TrialRun(self._client, run.info.run_id)
 
     def end(self, status: Status) -> None:
         """Close the parent run."""
@@ -309,28 +319,17 @@ def environment() -> dict[str, str]:
     return found
 
 
-def _open_run(
-    client: MlflowClient,
-    experiment_id: str,
-    name: str,
-    known: Mapping[str, str],
-    params: Mapping[str, Any],
-    tags: Mapping[str, str],
-) -> str:
-    """The id of the run that carries the `known` tags, made if there is none, with params and tags written."""
+def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
+    """The runs that carry all these tags, oldest first."""
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return list(client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"]))
+
+
+def _describe(client: MlflowClient, run: StoredRun, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    """Write params that the run does not have yet, and tags."""
     from mlflow.entities import Param, RunTag
 
-    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in known.items())
-    runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
-    if runs:
-        run = runs[0]
-        client.update_run(run.info.run_id, status="RUNNING")
-        for stale in {"workbench.outcome", "workbench.message", "workbench.non_finite"} & run.data.tags.keys():
-            client.delete_tag(run.info.run_id, stale)
-    else:
-        run = client.create_run(experiment_id, tags=dict(known), run_name=name)
-    run_id = run.info.run_id
-    new = []
+    run_id, new = run.info.run_id, []
     for key, value in ((_clean(key), str(value)) for key, value in params.items()):
         if key in run.data.params:
             continue
@@ -342,7 +341,6 @@ def _open_run(
     for start in range(0, len(new), MAX_PARAMS):
         client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
     client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
-    return run_id
 
 
 def _clean(key: str) -> str:

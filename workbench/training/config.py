@@ -51,7 +51,7 @@ class DataSection(Section):
     tags: str | None = Field(None, description="Column with the list of tags, one a word (TOKEN_CLS).")
     target: str | None = Field(
         None,
-        description="Column of the text to produce (SEQ_2_SEQ_LM; CAUSAL_LM: only the target is trained on and scored).",
+        description="Column of the text to produce (SEQ_2_SEQ_LM; in CAUSAL_LM only this part is then scored).",
     )
     max_length: Positive = Field(128, description="Longer inputs are cut, in tokens.")
     max_target_length: Positive = Field(128, description="Longer targets are cut, in tokens (SEQ_2_SEQ_LM).")
