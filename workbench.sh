@@ -59,10 +59,10 @@ test)
 quickstart)
     shift
     install ""
-    exec "$venv/bin/workbench" sweep "$here/studies/quickstart.yaml" "$@"
+    WORKBENCH_COMMAND=./workbench.sh exec "$venv/bin/workbench" sweep "$here/studies/quickstart.yaml" "$@"
     ;;
 *)
     install ""
-    exec "$venv/bin/workbench" "$@"
+    WORKBENCH_COMMAND=./workbench.sh exec "$venv/bin/workbench" "$@"
     ;;
 esac

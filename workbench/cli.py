@@ -37,6 +37,7 @@ Storage = Annotated[
     str | None, typer.Option(envvar="WORKBENCH_STORAGE", help="Optuna's storage URL, in place of the embedded store.")
 ]
 RUNS = Path("runs")
+COMMAND = os.environ.get("WORKBENCH_COMMAND", "workbench")  # how the user called; workbench.sh says its own name
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a log
 
 
@@ -89,7 +90,7 @@ def sweep(
         "see this table again": ["show", loaded.name, *stored],
         "after changing the file, and the study's name in it": ["validate", str(study)],
     }.items():
-        display.say(f"  workbench {shlex.join(words)}  # {what}")
+        display.say(f"  {COMMAND} {shlex.join(words)}  # {what}")
 
 
 @app.command()

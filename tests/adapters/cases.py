@@ -23,6 +23,10 @@ class Case:
         other: what a second adapter beside this one has otherwise; None where one layer holds a single adapter of it.
         starts_as_base: whether a new adapter leaves the base model's output as it is.
         together: whether two of them may be active at once.
+        keeps_base: whether the base model answers as it did without the adapter while the adapter is disabled.
+        wrong_in_peft: parameters of which peft computes wrong gradients.
+        arguments: what a call of the adapted model gets besides the base model's inputs.
+        reparameterised: the parameters are a network's, of which a checkpoint holds the output only.
     """
 
     id: str
@@ -32,16 +36,63 @@ class Case:
     other: dict[str, Any] | None = field(default_factory=dict)
     starts_as_base: bool = True
     together: bool = True
+    keeps_base: bool = True
+    wrong_in_peft: tuple[str, ...] = ()
+    arguments: dict[str, list[int]] = field(default_factory=dict)
+    reparameterised: bool = False
+
+
+FACTS = {"other", "starts_as_base", "together", "keeps_base", "wrong_in_peft"}
+
+
+def _row(method: str, id: str, base: Factory, **rest: Any) -> Case:
+    """A case: `rest` holds facts about it and options of the method."""
+    facts = {name: rest.pop(name) for name in FACTS & rest.keys()}
+    return Case(f"{method}-{id}", method, base, rest, **facts)
 
 
 def _lora(id: str, base: Factory, **rest: Any) -> Case:
-    facts = {name: rest.pop(name) for name in ("other", "starts_as_base", "together") if name in rest}
-    return Case(f"lora-{id}", "lora", base, rest, **facts)
+    return _row("lora", id, base, **rest)
 
 
 def _ia3(id: str, base: Factory, **rest: Any) -> Case:
-    facts = {name: rest.pop(name) for name in ("other", "starts_as_base", "together") if name in rest}
-    return Case(f"ia3-{id}", "ia3", base, rest, **facts)
+    return _row("ia3", id, base, **rest)
+
+
+def _lycoris(id: str, base: Factory, **rest: Any) -> list[Case]:
+    """The same row for LoHa and LoKr."""
+    return [_row(method, id, base, **rest) for method in ("loha", "lokr")]
+
+
+def _lokr(id: str, base: Factory, **rest: Any) -> Case:
+    return _row("lokr", id, base, **rest)
+
+
+def _effective(id: str, base: Factory, **rest: Any) -> list[Case]:
+    """The same row for LoHa and LoKr, with a core for convolution kernels."""
+    rest["use_effective_conv2d"] = True
+    # in its own backward pass for LoHa peft takes the core of the other product
+    return [_row("loha", id, base, **rest, wrong_in_peft=("hada_w1_a", "hada_w2_a")), _row("lokr", id, base, **rest)]
+
+
+def _prompt(id: str, method: str, base: Factory, task_type: str, **rest: Any) -> Case:
+    """A row for a prompt method: one prompt acts at a time, and a new one changes what the model says."""
+    facts = {name: rest.pop(name) for name in ("other", "arguments", "reparameterised") if name in rest}
+    facts.setdefault("other", {"num_virtual_tokens": 2})
+    rest = {"task_type": task_type, "num_virtual_tokens": 3, **rest}
+    return Case(f"{method}-{id}", method, base, rest, starts_as_base=False, together=False, **facts)
+
+
+def _prompts(method: str, **rest: Any) -> list[Case]:
+    """Rows of a prompt method for each task."""
+    tasks = {
+        "bert-seq-cls": (models.bert_classifier, "SEQ_CLS"),
+        "bert-token-cls": (models.bert_tagger, "TOKEN_CLS"),
+        "gpt2": (models.gpt2, "CAUSAL_LM"),
+        "gemma3": (models.gemma3_tied, "CAUSAL_LM"),
+        "t5": (models.t5, "SEQ_2_SEQ_LM"),
+    }
+    return [_prompt(id, method, base, task, **rest) for id, (base, task) in tasks.items()]
 
 
 def _tokens(id: str, base: Factory, **rest: Any) -> Case:
@@ -132,6 +183,8 @@ CASES = [
     _lora("t5", models.t5, task_type="SEQ_2_SEQ_LM", r=4),
     _lora("t5-feedforward", models.t5, task_type="SEQ_2_SEQ_LM", r=4, target_modules=["wi", "wo", "k"]),
     _lora("conv", models.conv_net, target_modules=["conv1", "conv2", "head"], r=4),
+    _lora("conv1d", models.conv1d_net, target_modules=["conv1", "conv2"], r=4),
+    _lora("conv3d", models.conv3d_net, target_modules=["conv1", "conv2"], r=4),
     _lora("conv-rank-over-width", models.conv_net, target_modules=["conv1"], r=12),
     _lora("mlp", models.mlp, target_modules=["layers.0", "layers.1"], modules_to_save=["head"], r=4, together=False),
     _lora("mlp-embedding", models.mlp, target_modules=["emb", "layers.0"], r=4),
@@ -139,6 +192,35 @@ CASES = [
         "mlp-embedding-random", models.mlp, target_modules=["emb"], r=4, init_lora_weights=False, starts_as_base=False
     ),
     _lora("mlp-embedding-gaussian", models.mlp, target_modules=["emb"], r=4, init_lora_weights="gaussian"),
+    _lora("bert-lora-bias", models.bert_classifier, r=4, lora_bias=True),
+    _lora("conv-lora-bias", models.conv_net, target_modules=["conv1", "head"], r=4, lora_bias=True, lora_alpha=4),
+    _lora("bert-dora", models.bert_classifier, r=4, use_dora=True),
+    _lora("bert-dora-unequal", models.bert_classifier, r=4, use_dora=True, other={"use_dora": False, "r": 2}),
+    _lora("bert-dora-second", models.bert_classifier, r=4, other={"use_dora": True, "lora_alpha": 2}),
+    _lora("bert-dora-dropout", models.bert_classifier, r=4, use_dora=True, lora_dropout=0.3),
+    _lora("gpt2-dora", models.gpt2, task_type="CAUSAL_LM", r=4, fan_in_fan_out=True, use_dora=True),
+    _lora("conv-dora", models.conv_net, target_modules=["conv1", "conv2", "head"], r=4, use_dora=True),
+    _lora("conv-dora-dropout", models.conv_net, target_modules=["conv1", "conv2"], use_dora=True, lora_dropout=0.3),
+    _lora("mlp-dora", models.mlp, target_modules=["emb", "layers.0"], r=4, use_dora=True),
+    _lora("gemma3-dora", models.gemma3_untied, target_modules=["embed_tokens", "v_proj"], r=4, use_dora=True),
+    _lora("bert-pissa", models.bert_classifier, r=4, init_lora_weights="pissa", other=None, keeps_base=False),
+    _lora("gpt2-pissa", models.gpt2, fan_in_fan_out=True, init_lora_weights="pissa", other=None, keeps_base=False),
+    _lora("bert-olora", models.bert_classifier, r=4, init_lora_weights="olora", other=None, keeps_base=False),
+    _lora(
+        "bert-pissa-dora",
+        models.bert_classifier,
+        r=4,
+        lora_alpha=2,
+        init_lora_weights="pissa",
+        use_dora=True,
+        other=None,
+        keeps_base=False,
+    ),
+    _lora("bert-orthogonal", models.bert_classifier, r=4, init_lora_weights="orthogonal"),
+    _lora("bert-mica", models.bert_classifier, r=4, init_lora_weights="mica"),
+    _lora("mlp-mica", models.mlp, target_modules=["emb", "layers.0"], r=4, init_lora_weights="mica"),
+    _lora("bert-eva", models.bert_classifier, r=4, init_lora_weights="eva"),
+    _lora("conv-lora-ga", models.conv_net, target_modules=["conv1", "head"], r=4, init_lora_weights="lora_ga"),
     _ia3("bert-seq-cls", models.bert_classifier, task_type="SEQ_CLS", together=False),
     _ia3("bert-no-task", models.bert_classifier),
     _ia3("bert-no-feedforward", models.bert_classifier, target_modules=["key", "value"], feedforward_modules=[]),
@@ -158,6 +240,43 @@ CASES = [
         modules_to_save=["head"],
         together=False,
     ),
+    _ia3("conv3d", models.conv3d_net, target_modules=["conv1", "conv2"], feedforward_modules=["conv2"]),
+    _ia3("conv-groups", models.conv_groups, target_modules=["conv1", "conv2"], feedforward_modules=["conv2"]),
+    *_lycoris("bert-seq-cls", models.bert_classifier, task_type="SEQ_CLS", r=4, together=False),
+    *_lycoris("bert-no-task", models.bert_classifier, r=4, alpha=6),
+    *_lycoris(
+        "bert-unequal", models.bert_classifier, r=2, other={"r": 3, "alpha": 5, "target_modules": ["query", "dense"]}
+    ),
+    *_lycoris(
+        "bert-all-linear", models.bert_classifier, target_modules="all-linear", exclude_modules=["pooler.dense"], r=2
+    ),
+    *_lycoris("bert-layers", models.bert_classifier, target_modules=["value"], layers_to_transform=[1], r=2),
+    *_lycoris(
+        "bert-patterns",
+        models.bert_classifier,
+        target_modules=["query", "value", "pooler.dense"],
+        r=4,
+        rank_pattern={"query": 2, r".*layer\.1\..*value": 1},
+        alpha_pattern={"value": 5, "pooler.dense": 1},
+    ),
+    *_lycoris("bert-dropout", models.bert_classifier, r=2, rank_dropout=0.3, module_dropout=0.2),
+    *_lycoris("bert-random", models.bert_classifier, r=2, init_weights=False, starts_as_base=False),
+    *_lycoris("llama", models.llama_tied, task_type="CAUSAL_LM", r=1),
+    *_lycoris("opt", models.opt, task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "fc1", "fc2"]),
+    *_lycoris("t5", models.t5, task_type="SEQ_2_SEQ_LM", r=2),
+    *_lycoris("mlp", models.mlp, target_modules=["layers.0"], modules_to_save=["head"], r=2, together=False),
+    *_lycoris("conv", models.conv_net, target_modules=["conv1", "conv2", "head"], r=2),
+    *_lycoris("conv-dropout", models.conv_net, target_modules=["conv1", "conv2"], rank_dropout=0.3, module_dropout=0.2),
+    *_lycoris("conv1d", models.conv1d_net, target_modules=["conv1", "conv2"], r=2),
+    *_lycoris("conv-groups", models.conv_groups, target_modules=["conv1", "conv2"], r=2),
+    *_effective("conv-effective", models.conv_net, target_modules=["conv1", "conv2", "head"], r=2),
+    *_effective("conv1d-effective", models.conv1d_net, target_modules=["conv1", "conv2"], r=2),
+    *_effective("conv-groups-effective", models.conv_groups, target_modules=["conv1", "conv2"], r=2),
+    _lokr("bert-both", models.bert_classifier, r=1, decompose_both=True),
+    _lokr("bert-factor", models.bert_classifier, target_modules=["query", "dense"], r=2, decompose_factor=2),
+    _lokr("bert-lycoris", models.bert_classifier, r=1, init_weights="lycoris"),
+    _lokr("bert-whole-lycoris", models.bert_classifier, r=8, init_weights="lycoris"),
+    _lokr("bert-scaled-dropout", models.bert_classifier, rank_dropout=0.3, module_dropout=0.1, rank_dropout_scale=True),
     _tokens("bert", models.bert_classifier),
     _tokens("bert-padding", models.bert_classifier, token_indices=[0, 3]),
     _tokens("bert-random", models.bert_classifier, init_weights=False, starts_as_base=False),
@@ -169,4 +288,41 @@ CASES = [
     _tokens("t5-tied", models.t5, task_type="SEQ_2_SEQ_LM"),
     _tokens("opt", models.opt, task_type="CAUSAL_LM"),
     _tokens("mlp", models.mlp, target_modules=["emb"]),
+    *_prompts("prompt_tuning"),
+    _prompt("llama-sampled", "prompt_tuning", models.llama_untied, "CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB"),
+    _prompt("opt-one", "prompt_tuning", models.opt, "CAUSAL_LM", num_virtual_tokens=1),
+    _prompt("bert-saved", "prompt_tuning", models.bert_classifier, "SEQ_CLS", modules_to_save=["pooler"]),
+    *_prompts("prefix_tuning"),
+    _prompt("llama", "prefix_tuning", models.llama_untied, "CAUSAL_LM", init_weights="zero"),
+    _prompt("opt", "prefix_tuning", models.opt, "CAUSAL_LM"),
+    _prompt("t5-deep", "prefix_tuning", models.t5_deep, "SEQ_2_SEQ_LM"),
+    _prompt(
+        "llama-projection",
+        "prefix_tuning",
+        models.llama_tied,
+        "CAUSAL_LM",
+        prefix_projection=True,
+        encoder_hidden_size=5,
+        reparameterised=True,
+    ),
+    _prompt(
+        "t5-projection", "prefix_tuning", models.t5, "SEQ_2_SEQ_LM", prefix_projection=True, reparameterised=True
+    ),
+    *_prompts("p_tuning", reparameterised=True),
+    _prompt("llama", "p_tuning", models.llama_untied, "CAUSAL_LM", encoder_hidden_size=5, reparameterised=True),
+    _prompt(
+        "llama-lstm",
+        "p_tuning",
+        models.llama_untied,
+        "CAUSAL_LM",
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=5,
+        encoder_num_layers=1,
+        reparameterised=True,
+    ),
+    *[
+        case
+        for case in _prompts("multitask_prompt_tuning", num_tasks=3, num_ranks=2, arguments={"task_ids": [0, 2, 1, 0]})
+        if case.base is not models.t5  # of an encoder-decoder peft loses the decoder's input; see test_prompts
+    ],
 ]

@@ -150,19 +150,28 @@ def gemma3_untied() -> nn.Module:
     return _gemma3(tied=False)
 
 
-@tiny
-def t5() -> nn.Module:
+def _t5(layers: int) -> nn.Module:
     config = T5Config(
         vocab_size=VOCAB,
         d_model=HIDDEN,
         d_kv=8,
         d_ff=24,
-        num_layers=1,
+        num_layers=layers,
         num_heads=2,
         dropout_rate=0.0,
     )
     config.decoder_start_token_id = 0
     return T5ForConditionalGeneration(config)
+
+
+@tiny
+def t5() -> nn.Module:
+    return _t5(layers=1)
+
+
+@tiny
+def t5_deep() -> nn.Module:
+    return _t5(layers=3)
 
 
 @tiny
@@ -183,18 +192,18 @@ def opt() -> nn.Module:
 
 
 class ConvNet(nn.Module):
-    """Two convolutions, one of them strided and padded, and a linear head."""
+    """Two convolutions, one of them padded, one strided, and a linear head."""
 
-    def __init__(self) -> None:
+    def __init__(self, conv: Any, **first: Any) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(8, 6, kernel_size=3, stride=2, bias=False)
+        self.conv1 = conv(3, 10, kernel_size=3, padding=1, **first)
+        self.conv2 = conv(10, 6, kernel_size=3, stride=2, bias=False)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (rows, 3, height, width) -> logits (rows, 3)."""
+        """Images (rows, 3, *size) -> logits (rows, 3)."""
         hidden = torch.tanh(self.conv2(torch.tanh(self.conv1(x))))
-        return self.head(hidden.mean(dim=(2, 3)))
+        return self.head(hidden.flatten(2).mean(dim=2))
 
 
 class Mlp(nn.Module):
@@ -216,7 +225,28 @@ class Mlp(nn.Module):
 
 @tiny
 def conv_net() -> nn.Module:
-    return ConvNet()
+    return ConvNet(nn.Conv2d)
+
+
+@tiny
+def conv1d_net() -> nn.Module:
+    return ConvNet(nn.Conv1d)
+
+
+@tiny
+def conv3d_net() -> nn.Module:
+    return ConvNet(nn.Conv3d)
+
+
+@tiny
+def conv_groups() -> nn.Module:
+    """A dilated convolution, and one with groups."""
+    model = ConvNet(nn.Conv2d, dilation=2)
+    model.conv2 = nn.Conv2d(10, 6, kernel_size=3, groups=2)
+    return model
+
+
+CONV_NETS: dict[Factory, int] = {conv1d_net: 1, conv_net: 2, conv_groups: 2, conv3d_net: 3}  # dimensions of the input
 
 
 @tiny
@@ -225,10 +255,10 @@ def mlp() -> nn.Module:
 
 
 def inputs(factory: Factory) -> dict[str, Any]:
-    """Arguments of one forward call: `ROWS` rows, ids (rows, length) or images (rows, 3, 8, 8); equal at every call."""
+    """Arguments of one forward call, equal at every call: ids (rows, length) or images (rows, 3, 8[, 8[, 8]])."""
     draw = torch.Generator().manual_seed(2)
-    if factory is conv_net:
-        return {"x": torch.randn(ROWS, 3, 8, 8, generator=draw)}
+    if factory in CONV_NETS:
+        return {"x": torch.randn(ROWS, 3, *[8] * CONV_NETS[factory], generator=draw)}
     ids = torch.randint(2, VOCAB, (ROWS, LENGTH), generator=draw)
     for row in range(ROWS):
         ids[row, row] = TOKENS[row % len(TOKENS)]
@@ -236,7 +266,7 @@ def inputs(factory: Factory) -> dict[str, Any]:
         return {"x": ids}
     ids[0, -1] = 0  # a padding token, where embeddings with a padding_idx differ from those without
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if factory is t5:
+    if factory in (t5, t5_deep):
         given["decoder_input_ids"] = ids.roll(1, dims=1)
     return given
 

@@ -307,7 +307,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[AdapterError], str]] = {
     "config-not-text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), CheckpointError, CONFIG),
     "no-method": (lambda folder: (folder / CONFIG).write_text("{}"), CheckpointError, CONFIG),
     "unknown-method": (lambda folder: rewrite_config(folder, peft_type="NOVEL"), AdapterError, "NOVEL"),
-    "unknown-option": (lambda folder: rewrite_config(folder, use_dora=True), ConfigError, "use_dora"),
+    "unknown-option": (lambda folder: rewrite_config(folder, use_qalora=True), ConfigError, "use_qalora"),
     "other-rank": (lambda folder: rewrite_config(folder, r=3), CheckpointError, "shape"),
     "other-targets": (lambda folder: rewrite_config(folder, target_modules=["query"]), CheckpointError, "value"),
     "more-targets": (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -31,6 +32,18 @@ lora:
   target_modules: [query, value]
   learning_rate: {min: 1e-3, max: 1e-1, distribution: log_uniform_values}
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_and_quick() -> Iterator[None]:
+    """One thread: more get into each other's way, and sums come out alike in every process. And the clean-up after each
+    trial need not look through all the libraries."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +136,8 @@ class Lab:
         }
         if "search:" not in more:
             sections["search"] = "{sampler: random, pruner: none}"
+        if "model:" in more:
+            del sections["model"]
         self.file.write_text("".join(f"{key}: {value}\n" for key, value in sections.items()) + more)
         return self
 
@@ -157,6 +172,23 @@ class Lab:
     def adapter(self, run: Run) -> Path:
         """The folder of a trial's adapter."""
         return Path(self.client.download_artifacts(run.info.run_id, "adapter"))
+
+    def curve(self, run: Run, metric: str) -> dict[int, float]:
+        """A metric by step, each of which must be there once."""
+        points = self.client.get_metric_history(run.info.run_id, metric)
+        assert len({point.step for point in points}) == len(points)
+        return {point.step: point.value for point in points}
+
+    def results(self) -> list[tuple]:
+        """All that must not depend on anything but the study: each trial's settings and curves."""
+        return [
+            (
+                run.data.tags["workbench.trial"],
+                run.data.params,
+                *(self.curve(run, metric) for metric in ("train.loss", "validation.loss", "validation.accuracy")),
+            )
+            for run in self.trials
+        ]
 
 
 @pytest.fixture(scope="session")

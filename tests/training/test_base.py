@@ -107,6 +107,13 @@ def test_pickles_are_not_loaded(bert_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a pickle can run code"):
         load_base(classifier(pickled), ["no", "yes"], 0, "cpu")
 
+    # nor when some other safetensors lie beside a pickle that would load
+    model = load_base(classifier(bert_folder), ["no", "yes"], 0, "cpu").model
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    shutil.copy(bert_folder / "model.safetensors", pickled / "other.safetensors")
+    with pytest.raises(ModelError, match="cannot be loaded for SEQ_CLS"):
+        load_base(classifier(pickled), ["no", "yes"], 0, "cpu")
+
 
 # ---------------------------------------------------------------- vocabulary
 

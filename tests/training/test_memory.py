@@ -39,7 +39,7 @@ def test_peak_of_a_phase(resettable: bool, monkeypatch: pytest.MonkeyPatch) -> N
 def test_phases_entered_again_add_time_and_keep_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 25.0])
     monkeypatch.setattr(memory, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    growth = iter([5.0, 7.0, 6.0])
+    growth = iter([6.0, 7.0, 5.0])
 
     @memory.contextmanager
     def fake(peaks):  # type: ignore[no-untyped-def]

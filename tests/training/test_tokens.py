@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,19 @@ def test_most_informative_of_a_row() -> None:
     # 7 decides the class, 9 leans to class 1, 8 and 2 say nothing: of them the lower id comes first
     assert most_informative(split("SEQ_CLS", ROWS, LABELS), 4) == [7, 9, 2, 8]
     assert most_informative(split("SEQ_CLS", ROWS, LABELS), 1, exclude=[7]) == [9]
+
+
+def test_equal_information_is_equal_in_whatever_order_it_is_summed() -> None:
+    counts = list(permutations((7, 3, 1)))  # rows of each class that hold the token: as informative, whatever the class
+    rows = [
+        [t for t, count in enumerate([*counts, (10, 10, 10)]) if i < count[label]]
+        for label in range(3)
+        for i in range(10)
+    ]
+    labels = [label for label in range(3) for _ in range(10)]
+    together = np.array(counts, float)
+    assert len(set(mutual_information(together, np.array([10, 10, 10])))) > 1, "equal but for rounding"
+    assert most_informative(split("SEQ_CLS", rows, labels), 6) == [0, 1, 2, 3, 4, 5]
 
 
 def test_most_informative_of_a_position() -> None:

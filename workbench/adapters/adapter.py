@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,7 +12,32 @@ from workbench.errors import MergeError
 Slot = tuple[nn.Module, str]  # a module and the name of one of its parameters or buffers
 
 
-class Adapter(nn.Module):
+class Part(nn.Module):
+    """What an adapter holds in one place, and how a checkpoint names it.
+
+    Attributes:
+        prefix: what stands between the module's path and the parameter's name in a checkpoint key.
+        upcast: whether half-precision parameters are kept in float32 (`autocast_adapter_dtype`).
+    """
+
+    prefix: str = ""
+    upcast: ClassVar[bool] = True
+
+    def slots(self) -> dict[str, Slot]:
+        """Where each tensor of a checkpoint lives, by its name in the checkpoint without the module's path."""
+        split = {name: name.rpartition(".") for name in self.state_dict()}
+        return {self.prefix + name: (self.get_submodule(owner), leaf) for name, (owner, _, leaf) in split.items()}
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint."""
+        return {name: getattr(owner, leaf).detach() for name, (owner, leaf) in self.slots().items()}
+
+    def restored(self, name: str, tensor: Tensor) -> Tensor:
+        """The value of a parameter, from a checkpoint's tensor of this name: the reverse of `saved`."""
+        return tensor
+
+
+class Adapter(Part):
     """Everything that one adapter holds on one layer.
 
     A method overrides what it needs. Several active adapters fold in order: the last one sees the layer's input first
@@ -20,18 +46,20 @@ class Adapter(nn.Module):
 
     Attributes:
         views: names that users reach as `layer.<name>[adapter]`, e.g. `layer.lora_A["default"].weight`.
-        prefix: what stands between the module's path and the parameter's name in a checkpoint key.
         replaces: the adapter computes the output itself (`replace`) and neither the base layer nor what lies below
             runs.
         mergeable: whether `merged` exists.
-        upcast: whether half-precision parameters are kept in float32 (`autocast_adapter_dtype`).
+        base_weight: the canonical weight that is left to the base layer, for an adapter that takes a part of it into
+            itself; None for others, and once the adapter is on a layer. The layer gets its own back afterwards.
+        own_weights: gives the canonical weight and the bias of the layer itself, even while adapters are merged into
+            it; there once the adapter is on a layer.
     """
 
     views: ClassVar[tuple[str, ...]] = ()
-    prefix: str = ""
     replaces: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
-    upcast: ClassVar[bool] = True
+    base_weight: Tensor | None = None
+    own_weights: Callable[[], tuple[Tensor, Tensor | None]]
 
     def pre(self, x: Tensor) -> Tensor:
         """Map the layer's input."""
@@ -53,11 +81,13 @@ class Adapter(nn.Module):
         """
         raise MergeError(f"{type(self).__name__} cannot be merged into the base weights.")
 
-    def slots(self) -> dict[str, Slot]:
-        """Where each tensor of a checkpoint lives, by its name in the checkpoint without the module's path."""
-        split = {name: name.rpartition(".") for name in self.state_dict()}
-        return {self.prefix + name: (self.get_submodule(owner), leaf) for name, (owner, _, leaf) in split.items()}
 
-    def saved(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint."""
-        return {name: getattr(owner, leaf).detach() for name, (owner, leaf) in self.slots().items()}
+class DeltaAdapter(Adapter):
+    """An adapter that adds a weight of its own to the layer's: W' = W + `delta()`."""
+
+    def delta(self) -> Tensor:
+        """The added canonical weight, in the adapter's dtype."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta().to(weight.dtype), bias

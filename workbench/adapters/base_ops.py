@@ -9,14 +9,24 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from workbench.errors import MergeError
+
 Layer: TypeAlias = Any  # a module of one of the kinds below; nn.Module says nothing of weight and bias
 
-LINEAR, CONV1D, CONV2D, EMBEDDING = "Linear", "Conv1D", "Conv2d", "Embedding"
+LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
+TIME_CONV, CONV2D, CONV3D = "Conv1d", "Conv2d", "Conv3d"  # nn.Conv1d is a convolution, Conv1D a linear layer
 
-_KINDS: dict[type[nn.Module], str] = {nn.Linear: LINEAR, Conv1D: CONV1D, nn.Conv2d: CONV2D, nn.Embedding: EMBEDDING}
+_CONVOLUTIONS: dict[str, Any] = {TIME_CONV: nn.Conv1d, CONV2D: nn.Conv2d, CONV3D: nn.Conv3d}
+_KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: LINEAR,
+    Conv1D: CONV1D,
+    nn.Embedding: EMBEDDING,
+    **{cls: kind for kind, cls in _CONVOLUTIONS.items()},
+}
 _TRANSPOSED = {CONV1D, EMBEDDING}
 
 
@@ -46,21 +56,40 @@ def write(layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
 
 def channels_last(layer: nn.Module) -> bool:
     """Whether the features are the last dimension of input and output, as in all layers but convolutions."""
-    return kind_of(layer) != CONV2D
+    return kind_of(layer) not in _CONVOLUTIONS
 
 
-def low_rank(layer: Layer, r: int) -> tuple[nn.Module, nn.Module]:
-    """Two layers, `in -> r -> out`, whose composition has the layer's own shape of input and output."""
+def feature_shape(layer: Layer, size: int) -> tuple[int, ...]:
+    """The shape in which one value for each of `size` features multiplies an input or output of the layer."""
+    return (size, *[1] * (layer.weight.dim() - 2))
+
+
+def apply(layer: Layer, weight: Tensor, x: Tensor) -> Tensor:
+    """What a linear layer or convolution computes with another canonical weight, and without its bias."""
+    return F.linear(x, weight) if channels_last(layer) else layer._conv_forward(x, weight, None)
+
+
+def low_rank(layer: Layer, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
+    """Two layers, `in -> r -> out`, whose composition has the layer's own shape of input and output; the second one's
+    `bias` is optional."""
     inner, out = features(layer)
-    if kind_of(layer) == CONV2D:
-        down = nn.Conv2d(inner, r, layer.kernel_size, layer.stride, layer.padding, bias=False)
-        return down, nn.Conv2d(r, out, 1, groups=layer.groups, bias=False)
-    return nn.Linear(inner, r, bias=False), nn.Linear(r, out, bias=False)
+    conv = _CONVOLUTIONS.get(kind_of(layer) or "")
+    if conv is not None:
+        where = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        down = conv(inner, r, layer.kernel_size, **where, bias=False)
+        return down, conv(r, out, 1, groups=layer.groups, bias=bias)
+    return nn.Linear(inner, r, bias=False), nn.Linear(r, out, bias=bias)
 
 
 def compose(up: Tensor, down: Tensor) -> Tensor:
     """The canonical weight of `down` followed by `up`: `(out, r[, 1, 1])` and `(r, in, *kernel)` to `(out, in,
-    *kernel)`."""
+    *kernel)`.
+
+    Raises:
+        MergeError: `up` has groups: each of its outputs would need all inputs, of which the layer's see a part.
+    """
+    if up.shape[1] != len(down):
+        raise MergeError("An update of a convolution with groups connects all of them, which its own weight cannot.")
     return torch.tensordot(up.flatten(1), down, dims=1)
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # the layers that peft looks for when it saves embeddings by itself
 
 
@@ -60,7 +59,15 @@ def read_weights(source: str | Path, device: str = "cpu", **hub: Any) -> dict[st
     Raises:
         CheckpointError: the file is missing, pickled or damaged.
     """
-    path = locate(source, WEIGHTS_NAME, **hub)
+    return read_file(locate(source, WEIGHTS_NAME, **hub), device)
+
+
+def read_file(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
     try:
         return load_file(path, device=device)
     except (SafetensorError, OSError) as error:
@@ -95,15 +102,13 @@ def get_peft_model_state_dict(
     tuner: Tuner = (getattr(model, "_orig_mod", model) if unwrap_compiled else model).base_model
     tuner.check_known([adapter_name])
     tensors: dict[str, Tensor] = {}
-    for path, layer in tuner.layers():
-        if adapter_name in layer.adapters:
-            saved = layer.adapter(adapter_name).saved()
-            tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in saved.items()}
-    tensors |= {PREFIX + path: bias.data for path, bias in tuner.trained_biases(adapter_name).items()}
+    for start, part in tuner.parts(adapter_name):
+        tensors |= {start + name: tensor for name, tensor in part.saved().items()}
+    tensors |= {tuner.prefix + path: bias.data for path, bias in tuner.trained_biases(adapter_name).items()}
     if save_embedding_layers == "auto":
         save_embedding_layers = _embeddings_changed(tuner, adapter_name)
     if save_embedding_layers:
-        tensors |= {PREFIX + name: tensor for name, tensor in _embedding_tensors(tuner, adapter_name).items()}
+        tensors |= {tuner.prefix + name: tensor for name, tensor in _embedding_tensors(tuner, adapter_name).items()}
     if state_dict is not None:
         tensors = {key: state_dict.get(key, tensor) for key, tensor in tensors.items()}
     return tensors
@@ -160,14 +165,17 @@ def set_peft_model_state_dict(
     Raises:
         CheckpointError: a tensor has another shape than its parameter. Nothing is loaded then.
     """
-    slots, result = match_slots(model.base_model, peft_model_state_dict, adapter_name)
-    for key, slot in slots.items():
-        fill(slot, peft_model_state_dict[key])
+    places, result = match_slots(model.base_model, peft_model_state_dict, adapter_name)
+    for slot, tensor in places:
+        fill(slot, tensor)
     return result
 
 
-def match_slots(tuner: Tuner, tensors: dict[str, Tensor], adapter_name: str) -> tuple[dict[str, Slot], LoadResult]:
-    """The place of every checkpoint tensor in the model, and the keys on either side that have no counterpart.
+def match_slots(
+    tuner: Tuner, tensors: dict[str, Tensor], adapter_name: str
+) -> tuple[list[tuple[Slot, Tensor]], LoadResult]:
+    """The places in the model of checkpoint tensors, with what belongs there, and the keys on either side that have no
+    counterpart.
 
     Besides the adapter's own parameters these are trained biases, saved embeddings, and heads and poolers that a file
     stores under their names in the base model.
@@ -175,14 +183,15 @@ def match_slots(tuner: Tuner, tensors: dict[str, Tensor], adapter_name: str) -> 
     tuner.check_known([adapter_name])
     own: dict[str, Slot] = {}
     tied: set[str] = set()
-    for path, layer in tuner.layers():
-        if adapter_name in layer.adapters:
-            adapter = layer.adapter(adapter_name)
-            own |= {f"{PREFIX}{path}.{name}": slot for name, slot in adapter.slots().items()}
-            tied |= {f"{PREFIX}{path}.{name}" for name in adapter.saved()}
-    known = {PREFIX + name: slot for name, slot in base_slots(tuner.model).items()} | own
-    slots = {key: known[key] for key in tensors if key in known}
-    for key, (owner, leaf) in slots.items():
+    for start, part in tuner.parts(adapter_name):
+        slots = part.slots()
+        own |= {start + name: slot for name, slot in slots.items()}
+        restored = {start + name: (part, name) for name in slots if start + name in tensors}
+        tensors = tensors | {key: part.restored(name, tensors[key]) for key, (part, name) in restored.items()}
+        tied |= {start + name for name in part.saved()}
+    known = {tuner.prefix + name: slot for name, slot in base_slots(tuner.model).items()} | own
+    places = {key: known[key] for key in tensors if key in known}
+    for key, (owner, leaf) in places.items():
         here, there = tuple(getattr(owner, leaf).shape), tuple(tensors[key].shape)
         if here != there:
             raise CheckpointError(
@@ -190,7 +199,7 @@ def match_slots(tuner: Tuner, tensors: dict[str, Tensor], adapter_name: str) -> 
                 "with another configuration, or for resized embeddings; resize those of this model first."
             )
     missing = [key for key in own if key not in tensors]
-    return slots, LoadResult(missing, [key for key in tensors if key not in known and key not in tied])
+    return [(slot, tensors[key]) for key, slot in places.items()], LoadResult(missing, [key for key in tensors if key not in known and key not in tied])
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ class PeftConfig:
     inert_fields: ClassVar[frozenset[str]] = frozenset()
     # our own fields, written only when used, so that a file without them is peft's to the letter
     extension_fields: ClassVar[frozenset[str]] = frozenset()
+    # the field that holds the number of training steps, where a method must know it
+    steps_field: ClassVar[str | None] = None
 
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
@@ -111,6 +113,51 @@ class PeftConfig:
                 "would give other outputs than it was trained for."
             )
         return cls(**{k: v for k, v in values.items() if k in known})
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """Which modules of the base model a method adapts.
+
+    Args:
+        target_modules: names or suffixes of the modules to adapt, a regular expression for whole names, or
+            "all-linear"; by default those usual for the architecture.
+        exclude_modules: names, suffixes or a regular expression of modules to leave alone.
+        modules_to_save: modules that train as a whole and are saved with the adapter.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list of layers, e.g. "layers" or "h", where it cannot be guessed.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = name_set(self.target_modules, "target_modules")
+        self.exclude_modules = name_set(self.exclude_modules, "exclude_modules")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(self, name) is not None and isinstance(self.target_modules, str):
+                raise ConfigError(f"`{name}` cannot be used when `target_modules` is a string.", name)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified.", "layers_pattern"
+            )
+
+
+def check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
+    """Refuse ranks that are not whole numbers from one up."""
+    for name, rank in {"r": r, **rank_pattern}.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+            where = "r" if name == "r" else "rank_pattern"
+            raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {rank!r}.", where)
+
+
+def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a module's path (`rank_pattern`, `alpha_pattern`)."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def name_set(value: Any, field: str) -> Any:

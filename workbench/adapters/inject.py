@@ -23,6 +23,7 @@ from .methods.modules_to_save import ModulesToSave
 from .methods.trainable_tokens import TiedTokens, TrainableTokens, TrainableTokensConfig, check_indices
 from .registry import Method, by_peft_type
 from .tuner_layer import AdapterState, TunerLayer
+from .virtual_tokens import PromptLearningConfig
 
 HEADS = ("classifier", "score")  # how transformers names the heads of classification models
 ALL_LINEAR = "all-linear"
@@ -77,7 +78,7 @@ def layer_index(path: str, patterns: list[str] | str | None) -> int | None:
 
 def is_target(config: Any, path: str) -> bool:
     """Whether the configuration names this module as a target and does not exclude it."""
-    if config.target_modules is None:
+    if getattr(config, "target_modules", None) is None:
         return False
     if getattr(config, "exclude_modules", None) and named(path, config.exclude_modules):
         return False
@@ -108,7 +109,11 @@ def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
 
 
 def fill_defaults(config: Any, method: Method, model: nn.Module) -> None:
-    """Set what the configuration leaves to the architecture: target modules, their defaults, and "all-linear"."""
+    """Set what the configuration leaves to the architecture: target modules, their defaults, and "all-linear"; sizes of
+    a prompt."""
+    if isinstance(config, PromptLearningConfig):
+        config.fill_sizes(getattr(model, "config", None))
+        return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     targets = getattr(config, "target_modules", None)
     if isinstance(config, TrainableTokensConfig):
@@ -185,7 +190,7 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
                 f"(it adapts {', '.join(sorted(method.kinds))}). The model has {suggestions(model, method)}.",
                 "target_modules",
             )
-    if not targets:
+    if not targets and method.kinds:
         raise TargetError(
             f"Target modules {config.target_modules} not found in the base model"
             f"{_narrowed(config)}. The model has {suggestions(model, method)}.",

@@ -23,6 +23,7 @@ from .checkpoint import (
 )
 from .config import PeftConfig, TaskType
 from .inject import HEADS
+from .prompts import PromptTuner
 from .tuner import Tuner
 from .tuner_layer import BASE
 
@@ -57,7 +58,8 @@ class PeftModel(nn.Module):
     ):
         super().__init__()
         peft_config = add_head(peft_config)
-        self.base_model = Tuner(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+        tuner = PromptTuner if peft_config.is_prompt_learning else Tuner
+        self.base_model = tuner(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # a checkpointed block gives no gradients at all if nothing that enters it requires one
             model.enable_input_require_grads()  # type: ignore[operator]
@@ -96,33 +98,36 @@ class PeftModel(nn.Module):
 
     # ---------------------------------------------------------------- forward
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """Run the base model with its adapters.
 
         Args:
             adapter_names: an adapter for each row of the batch; "__base__" for none.
+            task_ids: the task of each row, (rows,), for methods that know tasks.
         """
-        with self._rows(adapter_names):
+        with self._rows(adapter_names, task_ids):
             return self.get_base_model()(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Generate with the base model's own `generate`; `adapter_names` as in `forward`."""
-        with self._rows(adapter_names):
+    def generate(
+        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate with the base model's own `generate`; `adapter_names` and `task_ids` as in `forward`."""
+        with self._rows(adapter_names, task_ids):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def _rows(self, adapter_names: list[str] | None) -> Iterator[None]:
-        if adapter_names is None:
-            yield
-            return
-        unknown = sorted(set(adapter_names) - {BASE} - set(self.peft_config))
+    def _rows(self, adapter_names: list[str] | None, task_ids: Tensor | None = None) -> Iterator[None]:
+        unknown = sorted(set(adapter_names or ()) - {BASE} - set(self.peft_config))
         if unknown:
             raise AdapterNameError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        self.base_model.state.rows = adapter_names
+        state = self.base_model.state
+        state.rows, state.task_ids = adapter_names, task_ids
         try:
             yield
         finally:
-            self.base_model.state.rows = None
+            state.rows = state.task_ids = None
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -242,7 +247,8 @@ class PeftModel(nn.Module):
         tensors = read_weights(model_id, **hub)
         config.inference_mode = not is_trainable
         trained = [p for p in model.parameters() if p.requires_grad]
-        peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        task_model = TASK_MODELS.get(config.task_type or "", cls)
+        peft_model = task_model(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
             peft_model._fill(tensors, adapter_name, model_id)
         except CheckpointError:
@@ -315,6 +321,40 @@ class PeftModel(nn.Module):
         return self.base_model.unload()
 
 
+class PeftModelForSequenceClassification(PeftModel):
+    """A classifier of texts; its head, `classifier` or `score`, trains along."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A classifier of tokens; its head, `classifier` or `score`, trains along."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A finder of answers in a text; its head, `qa_outputs`, trains along."""
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A language model that goes on writing."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder that writes."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model without a head."""
+
+
+TASK_MODELS: dict[str, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
 def add_head(config: PeftConfig) -> PeftConfig:
     """Let the task's head train along, under the names that transformers gives it."""
     heads = HEAD_MODULES.get(config.task_type or "", ())
@@ -343,4 +383,5 @@ def get_peft_model(
     """
     peft_config.base_model_name_or_path = model.__dict__.get("name_or_path") or peft_config.base_model_name_or_path
     peft_config.revision = revision or peft_config.revision
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    task_model = TASK_MODELS.get(peft_config.task_type or "", PeftModel)
+    return task_model(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from workbench.errors import AdapterNameError, ConfigError, MergeError
 
+from .adapter import Part
 from .config import PeftConfig
 from .inject import build, inject, sites
 from .tuner_layer import BASE, AdapterState, TunerLayer
@@ -19,7 +20,13 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Tuner(nn.Module):
-    """Holds the base model (`model`), the adapters' configurations and the one state its layers share."""
+    """Holds the base model (`model`), the adapters' configurations and the one state its layers share.
+
+    Attributes:
+        prefix: what stands before a base model's path in a checkpoint key.
+    """
+
+    prefix: ClassVar[str] = "base_model.model."
 
     def __init__(
         self, model: nn.Module, config: PeftConfig, name: str, low_cpu_mem_usage: bool = False, autocast: bool = True
@@ -49,6 +56,12 @@ class Tuner(nn.Module):
             if wrapper is not None and id(wrapper) not in seen:
                 seen.add(id(wrapper))
                 yield site.path, wrapper
+
+    def parts(self, adapter_name: str) -> Iterator[tuple[str, Part]]:
+        """All that an adapter holds, place by place, each with what its keys in a checkpoint start with."""
+        for path, layer in self.layers():
+            if adapter_name in layer.adapters:
+                yield f"{self.prefix}{path}.", layer.adapter(adapter_name)
 
     # ---------------------------------------------------------------- adapters
 
@@ -211,6 +224,8 @@ class Tuner(nn.Module):
     def unload(self) -> nn.Module:
         """Remove all adapters and return the plain base model with its own weights."""
         self.unmerge_adapter()
+        for _, layer in self.layers():
+            layer.restore()
         return self._unwrap([])
 
     def _unwrap(self, merged: list[str]) -> nn.Module:

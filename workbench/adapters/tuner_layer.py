@@ -25,11 +25,13 @@ class AdapterState:
         active: names of the active adapters, in the order in which they fold.
         enabled: false inside `disable_adapter`.
         rows: an adapter name for each row of the batch (or `BASE`), in place of `active`.
+        task_ids: the task of each row, (rows,), for methods that know tasks.
     """
 
     active: list[str] = field(default_factory=list)
     enabled: bool = True
     rows: list[str] | None = None
+    task_ids: Tensor | None = None
 
 
 class AdapterView(MutableMapping[str, Any]):
@@ -79,6 +81,8 @@ class TunerLayer(nn.Module):
         self._state = state
         self._views: set[str] = set()
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._original: Tensor | None = None  # the canonical weight, while adapters hold a part of it
+        self._split: set[str] = set()  # those adapters
 
     # ---------------------------------------------------------------- adapters
 
@@ -90,6 +94,13 @@ class TunerLayer(nn.Module):
             adapter.to(device=device, dtype=weight.dtype)
         self._views |= set(adapter.views)
         self.adapters[name] = adapter
+        adapter.own_weights = self.own_weights
+        if adapter.base_weight is not None:
+            if self._original is None:
+                self._original = base_ops.read_weight(self.base_layer).detach().clone()
+            base_ops.write(self.base_layer, adapter.base_weight, None)
+            adapter.base_weight = None
+            self._split.add(name)
 
     def adapter(self, name: str) -> Adapter:
         """One adapter of this layer."""
@@ -99,6 +110,18 @@ class TunerLayer(nn.Module):
         """Take an adapter off this layer."""
         if name in self.adapters:
             del self.adapters[name]
+            self._split.discard(name)
+            if not self._split:
+                self.restore()
+
+    def restore(self) -> None:
+        """Give the base layer back the weight that an adapter took a part of, to the bit."""
+        if self._original is not None:
+            merged = list(self.merged_adapters)
+            self.unmerge()
+            base_ops.write(self.base_layer, self._original, None)
+            self._original = None
+            self.merge(adapter_names=merged) if merged else None
 
     @property
     def active_adapters(self) -> list[str]:
@@ -197,6 +220,12 @@ class TunerLayer(nn.Module):
         return y
 
     # ---------------------------------------------------------------- merging
+
+    def own_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias of the base layer, without the adapters that are merged into them."""
+        if self._unmerged is not None:
+            return self._unmerged
+        return base_ops.read_weight(self.base_layer), getattr(self.base_layer, "bias", None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weights. The weights before are kept, so that `unmerge` is exact to the bit.

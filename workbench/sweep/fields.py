@@ -141,7 +141,10 @@ def _words(kind: Any) -> str:
 
 
 def _documented(config: type) -> dict[str, str]:
-    """The fields' descriptions in the `Args:` of a class's docstring."""
-    _, _, args = inspect.cleandoc(config.__doc__ or "").partition("Args:\n")
-    entries = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", args, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text) for name, text in entries}
+    """The fields' descriptions in the `Args:` of a class's docstring, and of those it inherits from."""
+    found: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        _, _, args = inspect.cleandoc(cls.__dict__.get("__doc__") or "").partition("Args:\n")
+        entries = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", args, re.MULTILINE)
+        found |= {name: re.sub(r"\s+", " ", text) for name, text in entries}
+    return found

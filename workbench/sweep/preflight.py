@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -39,17 +40,13 @@ def check(source: Source, spec: MethodSpec, base: Base, train: Split) -> None:
     tries = {key: list(ends(domain)) for key, domain in spec.adapter.items()}
     first = {key: values[0] for key, values in tries.items()}
     seen = set()
-    for key, values in {None: [None], **tries}.items():
-        for value in values if key is None else values[1:]:
-            fields = first if key is None else first | {key: value}
-            fault = find_fault(spec.method, fields, base, train)
-            if fault is None:
-                continue
-            culprit = fault.field if isinstance(fault, ConfigError) and fault.field in tries else key
+    others = [(key, first | {key: value}) for key, values in tries.items() for value in values[1:]]
+    for key, fields in [(None, first), *others]:
+        for fault in faults(spec.method, fields, base, train):
+            culprit = fault.field if fault.field in tries else key
             if (culprit, str(fault)) not in seen:
                 seen.add((culprit, str(fault)))
-                loc = ("methods", spec.label) if culprit is None else ("methods", spec.label, culprit)
-                source.report(loc, str(fault))
+                source.report(("methods", spec.label, *([culprit] if culprit else [])), str(fault))
 
 
 def ends(domain: Domain) -> list[Any]:
@@ -65,35 +62,37 @@ def ends(domain: Domain) -> list[Any]:
             return [end for value in values for end in (ends(value) if isinstance(value, TokenRange) else [value])]
 
 
-def find_fault(method: str, fields: dict[str, Any], base: Base, train: Split) -> ConfigError | DataError | None:
-    """Why a configuration cannot be put on the base; None if it can."""
+def faults(method: str, fields: dict[str, Any], base: Base, train: Split) -> list[ConfigError]:
+    """Why a configuration cannot be put on the base; none if it can."""
+    found = []
     for key, value in fields.items():
         if isinstance(value, Tokens):
+            ids = [0]  # stands for ids that are not known, or lie beyond the base's own table
             try:
                 with base.vocabulary(value.new_tokens) as lent:
-                    ids = resolve(value, lent.tokenizer, train)
+                    resolved = resolve(value, lent.tokenizer, train)
+                    ids = ids if value.new_tokens else resolved
             except DataError as error:
-                return ConfigError(str(error), key)
-            # ids of new tokens lie beyond the base's own table, which `plan` looks at
-            fields = fields | {key: [0] if value.new_tokens else ids}
+                found.append(ConfigError(str(error), key))
+            fields = fields | {key: ids}
     try:
-        found = plan(base.model, peft_config(method, base.task, fields))
+        modules = plan(base.model, peft_config(method, base.task, fields))
     except ConfigError as error:
-        return error
-    return unmatched(fields, base.model, found)
+        return [*found, error]
+    return [*found, *unmatched(fields, base.model, modules)]
 
 
-def unmatched(fields: dict[str, Any], model: nn.Module, found: list[tuple[Site, str]]) -> ConfigError | None:
-    """The first name that fits no module. The adapter library is content if one of several fits; here, the others
-    are taken for misspelt."""
+def unmatched(fields: dict[str, Any], model: nn.Module, modules: list[tuple[Site, str]]) -> Iterator[ConfigError]:
+    """The names that fit no module. The adapter library is content if one of several fits; here, the others are
+    taken for misspelt."""
     everything = list(sites(model))
-    targets = [site for site, role in found if role == "target"]
-    for key, scope in {"target_modules": everything, "modules_to_save": everything, "feedforward_modules": targets}.items():
+    targets = [site for site, role in modules if role == "target"]
+    scopes = {"target_modules": everything, "modules_to_save": everything, "feedforward_modules": targets}
+    for key, scope in scopes.items():
         names = fields.get(key) or ()
         for pattern in [names] if isinstance(names, str) else [[name] for name in names]:
-            if pattern != ALL_LINEAR and not any(named(site.path, pattern) for site in scope):
+            if str(pattern).lower() != ALL_LINEAR and not any(named(site.path, pattern) for site in scope):
                 known = sorted({site.name for site in scope if not site.name.isdigit()})
                 name = pattern if isinstance(pattern, str) else pattern[0]
                 where = "the model has" if scope is everything else "the modules to adapt are"
-                return ConfigError(f"{key}: nothing is called {name!r}; {where} {', '.join(known[:20])}.", key)
-    return None
+                yield ConfigError(f"{key}: nothing is called {name!r}; {where} {', '.join(known[:20])}.", key)

@@ -19,7 +19,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from workbench.adapters import PeftConfig, PeftModel, get_peft_model
-from workbench.adapters.checkpoint import PREFIX, base_slots, read_weights, write_weights
+from workbench.adapters.checkpoint import base_slots, read_weights, write_weights
 from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, StorageError
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun, environment, open_tracking, public_url
 from workbench.training.base import Base, load_base, pick_device
@@ -31,6 +31,7 @@ from workbench.training.tokens import resolve
 from .configure import peft_config
 from .display import Display
 from .domains import Tokens
+from .interrupt import Interrupt
 from .preflight import preflight
 from .space import TrialConfig, brief, combinations, pruner, sampler, suggest
 from .spec import Study
@@ -48,7 +49,7 @@ def sweep(study: Study, stores: Stores, display: Display) -> list[FrozenTrial]:
         StorageError: the stores hold another study of this name, or another process is running it.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with only_one(stores.home, study.name):
+    with only_one(stores.home, study.name), Interrupt() as interrupt:
         earlier = stored_trials(study, stores)
         if spent(study, earlier):
             display.finished_before(earlier)
@@ -58,7 +59,7 @@ def sweep(study: Study, stores: Stores, display: Display) -> list[FrozenTrial]:
         with display.waiting("reading the data and loading the base model"), meter.phase("load"):
             raw = read_data(study.data, study.model.task)
             base = load_base(study.model, raw.labels or None, study.training.seed, study.training.device)
-            shop = Workshop(study, base, raw, stores.home / "cache")
+            shop = Workshop(study, base, raw, stores.home / "cache", interrupt)
             shop.data(())  # tokenised once, here, with the loading and not with the first trial
         preflight(study, base, shop.data(()).train)
 
@@ -71,6 +72,7 @@ def sweep(study: Study, stores: Stores, display: Display) -> list[FrozenTrial]:
         status = "FAILED"
         try:
             for trial in trials(study, optuna_study):
+                interrupt.check()
                 run_trial(trial, optuna_study, shop, tracking, parent, display)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -259,6 +261,7 @@ def run_trial(
     progress = Progress(Meter(shop.base.device))
 
     def on_step(step: int, loss: float) -> None:
+        shop.interrupt.check()
         progress.steps = step
         run.log(step, {"train.loss": loss})
         display.step(trial.number, step, loss)
@@ -348,6 +351,7 @@ class Workshop:
     base: Base
     raw: RawData
     cache: Path
+    interrupt: Interrupt
     tokenised: dict[tuple[str, ...], TaskData] = field(default_factory=dict)
 
     @property
@@ -425,14 +429,14 @@ def save_adapter(model: PeftModel, fresh: Iterable[str], folder: Path) -> None:
         fresh: names of those weights in the base model.
     """
     model.save_pretrained(folder, save_embedding_layers=False)
-    wrapped = {path for path, _ in model.base_model.layers()}
+    wrapped, prefix = {path for path, _ in model.base_model.layers()}, model.base_model.prefix
     tensors = read_weights(folder)
     own = base_slots(model.get_base_model())
     for name in fresh:
         path, _, leaf = name.rpartition(".")
         key = f"{path}.base_layer.{leaf}" if path in wrapped else name
-        if PREFIX + name not in tensors:  # the adapter has trained a copy of its own
-            tensors[PREFIX + key] = getattr(*own[key]).detach().cpu()
+        if prefix + name not in tensors:  # the adapter has trained a copy of its own
+            tensors[prefix + key] = getattr(*own[key]).detach().cpu()
     write_weights(tensors, folder)
 
 

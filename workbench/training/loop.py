@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, get_scheduler
 
 from workbench.adapters import PeftModel
-from workbench.adapters.tuner_layer import TunerLayer
+from workbench.adapters.adapter import Part
 from workbench.errors import Diverged, OutOfMemory
 
 from .base import Base
@@ -140,8 +140,8 @@ def training_mode(model: PeftModel, base_dropout: bool) -> None:
     """Adapters train, with their own dropout; the frozen base drops nothing out unless asked to."""
     model.train(base_dropout)
     for module in model.modules():
-        if isinstance(module, TunerLayer):
-            module.adapters.train()
+        if isinstance(module, Part):
+            module.train()
 
 
 def check_finite(step: int, settings: TrainingSection, values: dict[str, float]) -> None:
@@ -260,7 +260,8 @@ def score_rows(model: PeftModel, base: Base, split: Split, indices: list[int]) -
     logits = model(**batch).logits
     if base.task == "SEQ_CLS":
         logits, labels = logits[:, None], labels[:, None]
-    elif base.task == "CAUSAL_LM":
+    logits = logits[:, -labels.shape[1] :]  # virtual tokens stand before the others
+    if base.task == "CAUSAL_LM":
         logits, labels = logits[:, :-1], labels[:, 1:]  # each position predicts the next token
     scored = labels != IGNORED
     logits, labels = logits[scored].float(), labels[scored]

@@ -16,7 +16,7 @@ from .. import base_ops, defaults
 from ..adapter import Adapter
 from ..config import PeftConfig, name_set
 
-KINDS = frozenset({base_ops.LINEAR, base_ops.CONV1D, base_ops.CONV2D})
+KINDS = frozenset({base_ops.LINEAR, base_ops.CONV1D, base_ops.CONV2D, base_ops.CONV3D})
 
 
 @dataclass
@@ -81,12 +81,9 @@ class IA3(Adapter):
         self.is_feedforward = config.is_feedforward(path)
         inner, out = base_ops.features(layer)
         size = inner if self.is_feedforward else out
-        if base_ops.channels_last(layer):
-            self.factor_shape: tuple[int, ...] = (size,)
-            stored: tuple[int, ...] = (1, size) if self.is_feedforward else (size, 1)
-        else:
-            self.factor_shape = stored = (1, size, 1, 1)
-        self.ia3_l = nn.Parameter(torch.randn(stored))
+        self.factor_shape = base_ops.feature_shape(layer, size)
+        before = self.is_feedforward or not base_ops.channels_last(layer)
+        self.ia3_l = nn.Parameter(torch.randn((1, *self.factor_shape) if before else (size, 1)))
         if config.init_ia3_weights:
             nn.init.ones_(self.ia3_l)
 
@@ -100,5 +97,7 @@ class IA3(Adapter):
         factor = self.ia3_l.flatten().to(weight.dtype)
         tail = (1,) * (weight.dim() - 2)
         if self.is_feedforward:
-            return weight * factor.view(1, -1, *tail), bias
+            groups = len(factor) // weight.shape[1]  # of a convolution, each of which sees a part of the input
+            scaled = weight.unflatten(0, (groups, -1)) * factor.view(groups, 1, -1, *tail)
+            return scaled.flatten(0, 1), bias
         return weight * factor.view(-1, 1, *tail), None if bias is None else bias * factor

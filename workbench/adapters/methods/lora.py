@@ -4,102 +4,193 @@ rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.errors import ConfigError, TargetError
+from workbench.errors import ConfigError, MergeError, TargetError
 
 from .. import base_ops
-from ..adapter import Adapter
-from ..config import PeftConfig, name_set
+from ..adapter import DeltaAdapter
+from ..config import TargetConfig, check_ranks, pattern_value
+from . import lora_init
+from .lora_init import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
-KINDS = frozenset({base_ops.LINEAR, base_ops.CONV1D, base_ops.CONV2D, base_ops.EMBEDDING})
+KINDS = frozenset(
+    {
+        base_ops.LINEAR,
+        base_ops.CONV1D,
+        base_ops.EMBEDDING,
+        base_ops.TIME_CONV,
+        base_ops.CONV2D,
+        base_ops.CONV3D,
+    }
+)
 
 
 @dataclass
-class LoraConfig(PeftConfig):
-    """Configuration of LoRA.
+class LoraRuntimeConfig:
+    """How to compute, which no file keeps.
+
+    Args:
+        ephemeral_gpu_offload: move weights that lie in main memory to the GPU for the norms that DoRA starts from.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+SUBCONFIGS: dict[str, type] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "runtime_config": LoraRuntimeConfig,
+}
+NOT_IMPLEMENTED = (
+    *("megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora"),
+    *("arrow_config", "kasa_config", "layer_replication", "target_parameters", "ensure_weight_tying"),
+)
+
+
+@dataclass
+class LoraConfig(TargetConfig):
+    """Configuration of LoRA, beside the choice of modules in `TargetConfig`.
 
     Args:
         r: rank of the update.
-        target_modules: names or suffixes of the modules to adapt, a regular expression for whole names, or
-            "all-linear"; by default those usual for the architecture.
-        exclude_modules: names, suffixes or a regular expression of modules to leave alone.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: probability of dropping an input of the update.
         fan_in_fan_out: the layer stores its weight as (in, out); set for `Conv1D` by itself.
         bias: which biases train: "none", "all", or "lora_only" (those of adapted layers).
         use_rslora: scale by lora_alpha / sqrt(r) instead.
-        modules_to_save: modules that train as a whole and are saved with the adapter.
-        init_lora_weights: true: A uniform, B zero; "gaussian": A normal with deviation 1/r, B zero; false: both random.
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: name of the list of layers, e.g. "layers" or "h", where it cannot be guessed.
+        init_lora_weights: true: A uniform, B zero; "gaussian": A normal with deviation 1/r, B zero; false: both random;
+            "pissa", "pissa_niter_N", "olora", "mica", "orthogonal", "loftq", "corda", "lora_ga": see `lora_init`;
+            "eva": as true until `initialize_lora_eva_weights` is called.
         rank_pattern: r for modules whose name matches a key (suffix or regular expression).
         alpha_pattern: lora_alpha for modules whose name matches a key.
         trainable_token_indices: tokens whose embeddings train as well: a list, or a dict from module name to list.
+        loftq_config, eva_config, corda_config, lora_ga_config: options of these initialisations.
+        use_dora: learn magnitude and direction apart, see `dora`.
+        runtime_config: how, not what, to compute; not saved.
+        lora_bias: B has a bias.
+        megatron_config, megatron_core, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size,
+            monteclora_config, use_bdlora, arrow_config, kasa_config, layer_replication, target_parameters,
+            ensure_weight_tying: of peft, known so that its files can be read; refused when in use.
+
+    Raises:
+        ConfigError: a value is refused, or an option is not implemented here.
     """
 
     peft_type: ClassVar[str] = "LORA"
-    inert_fields: ClassVar[frozenset[str]] = frozenset({"megatron_core", "qalora_group_size"})
-
     r: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
     lora_alpha: int = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
+    use_dora: bool = False
+    runtime_config: LoraRuntimeConfig | dict[str, Any] = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    target_parameters: list[str] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = name_set(self.target_modules, "target_modules")
-        self.exclude_modules = name_set(self.exclude_modules, "exclude_modules")
-        for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                where = "r" if name == "r" else "rank_pattern"
-                raise ConfigError(
-                    f"`{name}` should be a positive integer value but the value passed is {rank!r}.", where
-                )
+        check_ranks(self.r, self.rank_pattern)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}.", "lora_dropout")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias must be none, all or lora_only, not {self.bias!r}.", "bias")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            raise ConfigError(
-                f"init_lora_weights must be true, false or gaussian, not {self.init_lora_weights!r}.",
-                "init_lora_weights",
+        for name in NOT_IMPLEMENTED:
+            if getattr(self, name):
+                raise ConfigError(f"{name} is not implemented; leave it at its default.", name)
+        for name, kind in SUBCONFIGS.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, kind(**value))
+            elif value is not None and not isinstance(value, kind):
+                raise ConfigError(f"`{name}` must be a `{kind.__name__}`, a dict, or None, not {value!r}.", name)
+        self._check_initialisation()
+
+    def _check_initialisation(self) -> None:
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and not lora_init.known(init):
+            names = ", ".join((*lora_init.PLAIN, "pissa_niter_[number of iters]", *lora_init.INITIALISATIONS))
+            raise ConfigError(f"init_lora_weights must be true, false, {names}, not {init!r}.", "init_lora_weights")
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = asdict(self.loftq_config)  # peft's files and users expect a dict here
+        if init == "loftq" and not self.loftq_config:
+            raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.", "loftq_config")
+        if init == "eva" and self.eva_config is None:
+            warnings.warn(
+                "`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config.",
+                stacklevel=3,
             )
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(self, name) is not None and isinstance(self.target_modules, str):
-                raise ConfigError(f"`{name}` cannot be used when `target_modules` is a string.", name)
-        if self.layers_pattern and self.layers_to_transform is None:
+            self.eva_config = EvaConfig()
+        if init == "corda" and self.corda_config is None:
+            warnings.warn(
+                "`init_lora_weights` is 'corda' but `corda_config` is not specified. Using default CorDA config.",
+                stacklevel=3,
+            )
+            self.corda_config = CordaConfig()
+        for name in ("loftq", "eva", "corda"):
+            if getattr(self, f"{name}_config") and init != name:
+                warnings.warn(
+                    f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
+                    stacklevel=3,
+                )
+        if self.lora_bias and not isinstance(init, bool):
             raise ConfigError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be.", "layers_pattern"
+                "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+                f"init_lora_weights={init} instead.",
+                "lora_bias",
+            )
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("The argument lora_bias=True is not supported for DoRA, use use_dora=False.", "lora_bias")
+        patterns = self.rank_pattern or self.alpha_pattern
+        if self.use_rslora and patterns and isinstance(init, str) and init.startswith(lora_init.SPLITTING):
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and an initialisation that changes the "
+                "base weights: `save_pretrained` will not be able to convert the adapter with "
+                "`path_initial_model_for_weight_conversion`.",
+                stacklevel=3,
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["runtime_config"]
+        return values
 
-def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key that matches the end of a module's path."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
-
-class Lora(Adapter):
+class Lora(DeltaAdapter):
     """Low-rank update of a linear or convolutional layer; `lora_A`: in -> r, `lora_B`: r -> out."""
 
-    views = ("r", "lora_alpha", "scaling", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    views = (
+        *("r", "lora_alpha", "scaling", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+        *("lora_bias", "use_rslora", "use_dora", "lora_magnitude_vector"),
+    )
 
     lora_A: Any
     lora_B: Any
@@ -109,61 +200,118 @@ class Lora(Adapter):
         self.r = pattern_value(config.rank_pattern, path, config.r)
         self.lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.init_factors(layer, config.init_lora_weights, path)
+        self.fixed_B = config.init_lora_weights in lora_init.FIXED_B
+        self.init_factors(layer, config, path)
 
-    def init_factors(self, layer: base_ops.Layer, init: bool | str, path: str) -> None:
+    def init_factors(self, layer: base_ops.Layer, config: LoraConfig, path: str) -> None:
         """Make `lora_A` and `lora_B` for the layer and fill them as `init_lora_weights` says."""
         groups = getattr(layer, "groups", 1)
         if self.r % groups:
             raise TargetError(
                 f"{path} has {groups} groups, by which r={self.r} cannot be divided; choose another r.", "r"
             )
-        self.lora_A, self.lora_B = base_ops.low_rank(layer, self.r)
+        if config.lora_bias and layer.bias is None:
+            warnings.warn(f"`lora_bias=True`, but {path} has no bias: merging will not be possible.", stacklevel=2)
+        init = config.init_lora_weights
+        self.lora_A, self.lora_B = base_ops.low_rank(layer, self.r, config.lora_bias)
         if init == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         elif init:
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         if init:
-            nn.init.zeros_(self.lora_B.weight)
+            for parameter in self.lora_B.parameters():
+                nn.init.zeros_(parameter)
+        start = self.start(layer, config)
+        if start is not None:
+            self.lora_A.weight, self.lora_B.weight = (nn.Parameter(t.contiguous()) for t in (start.A, start.B))
+
+    def start(self, layer: base_ops.Layer, config: LoraConfig) -> lora_init.Start | None:
+        """What an initialisation that reads the base weight gives; None for others.
+
+        Raises:
+            ConfigError: it cannot be used with this layer or rank.
+        """
+        init = config.init_lora_weights
+        if isinstance(init, bool) or init in lora_init.PLAIN:
+            return None
+        if base_ops.read_weight(layer).dim() > 2:
+            if init == "lora_ga":
+                return None
+            raise ConfigError(f"init_lora_weights={init!r} is for linear layers only.", "init_lora_weights")
+        start = lora_init.named(init)(layer, self.r, self.scaling, config)
+        if start is not None:
+            self.base_weight = start.base
+        return start
+
+    def requires_grad_(self, requires_grad: bool = True) -> Lora:
+        super().requires_grad_(requires_grad)
+        if self.fixed_B:
+            self.factors()[0].requires_grad_(False)
+        return self
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B `(out, r, *1)` and A `(r, in, *kernel)`."""
+        return self.lora_B.weight, self.lora_A.weight
+
+    def drop(self, x: Tensor) -> Tensor:
+        """The input as the update sees it: in the adapter's dtype, some of it dropped in training."""
+        return self.lora_dropout(x.to(self.lora_A.weight.dtype))
+
+    def update(self, x: Tensor) -> Tensor:
+        """What the update adds to the output for an input that went through `drop`."""
+        return self.lora_B(self.lora_A(x)) * self.scaling
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x.to(self.lora_A.weight.dtype)
-        return y + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+        return y + self.update(self.drop(x))
 
     def delta(self) -> Tensor:
-        """The update as a canonical weight, in the adapter's dtype."""
-        return base_ops.compose(self.lora_B.weight, self.lora_A.weight) * self.scaling
+        return base_ops.compose(*self.factors()) * self.scaling
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = self.delta()
-        if delta.shape != weight.shape:  # a grouped convolution, whose dense update is not block-diagonal
-            return super().merged(weight, bias)
-        return weight + delta.to(weight.dtype), bias
+        weight, _ = super().merged(weight, bias)
+        if not self.lora_bias:
+            return weight, bias
+        if bias is None:
+            raise MergeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+        return weight, bias + (self.lora_B.bias * self.scaling).to(bias.dtype)
 
 
 class LoraEmbedding(Lora):
     """Low-rank update of an embedding; `lora_embedding_A`: (r, vocabulary), `lora_embedding_B`: (dim, r). No
     dropout."""
 
-    def init_factors(self, layer: base_ops.Layer, init: bool | str, path: str) -> None:
+    def init_factors(self, layer: base_ops.Layer, config: LoraConfig, path: str) -> None:
+        if config.lora_bias:
+            raise ConfigError(f"lora_bias=True is not supported for {path}, an embedding.", "lora_bias")
         vocabulary, dim = base_ops.features(layer)
+        self.lora_dropout = nn.Identity()  # ids cannot be dropped
         self.lora_embedding_A = nn.Parameter(torch.randn(self.r, vocabulary))
         self.lora_embedding_B = nn.Parameter(torch.randn(dim, self.r))
-        if init:
+        if config.init_lora_weights:
             nn.init.zeros_(self.lora_embedding_A)
             nn.init.normal_(self.lora_embedding_B)
+        if config.init_lora_weights in lora_init.ON_EMBEDDINGS:
+            start = self.start(layer, config)
+            self.lora_embedding_A, self.lora_embedding_B = (nn.Parameter(t.contiguous()) for t in (start.A, start.B))
         self.padding_idx = layer.padding_idx
         self.row_scale = base_ops.embedding_scale(layer)
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = F.embedding(x, self.lora_embedding_A.T, self.padding_idx) @ self.lora_embedding_B.T
-        return y + rows * self.scaling * self.row_scale
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_B, self.lora_embedding_A
 
-    def delta(self) -> Tensor:
-        return self.lora_embedding_B @ self.lora_embedding_A * self.scaling
+    def drop(self, x: Tensor) -> Tensor:
+        return x
+
+    def update(self, x: Tensor) -> Tensor:
+        rows = F.embedding(x, self.lora_embedding_A.T, self.padding_idx) @ self.lora_embedding_B.T
+        return rows * self.scaling * self.row_scale
 
 
 def build(layer: base_ops.Layer, config: LoraConfig, path: str) -> Lora:
-    """The LoRA adapter for a layer of any kind."""
-    return (LoraEmbedding if isinstance(layer, nn.Embedding) else Lora)(layer, config, path)
+    """The LoRA adapter for a layer of any kind, with what the configuration asks for."""
+    from .dora import Dora, DoraEmbedding  # which build on the classes above
+
+    plain, dora = (LoraEmbedding, DoraEmbedding) if isinstance(layer, nn.Embedding) else (Lora, Dora)
+    return (dora if config.use_dora else plain)(layer, config, path)

@@ -1,0 +1,154 @@
+"""A sweep that is stopped, wherever and however, and started again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from workbench.sweep import run as sweeping
+
+ROOT = Path(__file__).parents[2]
+
+# the sweep in a process of its own, which stops at step 7 of trial 1 and waits for whatever comes
+HOLDING = """
+import sys
+from workbench.cli import main
+from workbench.sweep.display import Display
+
+def step(self, number, at, loss):
+    if (number, at) == (1, 7):
+        print("holding", flush=True)
+        sys.stdin.read()
+
+Display.step = step
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(new_lab: Callable, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """Results of the study without any interruption."""
+    lab = new_lab(tmp_path_factory.mktemp("undisturbed"))
+    assert lab.write().sweep().code == 0
+    return lab.results()
+
+
+def check_complete(lab: Any, undisturbed: list[tuple]) -> None:
+    """Three trials, none lost or doubled, in both stores, and the results that they always have."""
+    assert [(trial.number, trial.state) for trial in lab.study.trials] == [(n, TrialState.COMPLETE) for n in range(3)]
+    assert [run.data.tags["workbench.trial"] for run in lab.trials] == ["0", "1", "2"]
+    assert {run.data.tags["workbench.outcome"] for run in lab.trials} == {"complete"}
+    assert {run.info.status for run in [lab.parent, *lab.trials]} == {"FINISHED"}
+    assert len(lab.runs) == 4
+    assert [trial.user_attrs["run_id"] for trial in lab.study.trials] == [run.info.run_id for run in lab.trials]
+    assert [run.data.tags.get("workbench.message") for run in lab.trials] == [None] * 3
+    for (number, params, *curves), (number_then, params_then, *curves_then) in zip(
+        lab.results(), undisturbed, strict=True
+    ):
+        assert (number, params) == (number_then, params_then)
+        assert curves == [pytest.approx(curve, abs=1e-6) for curve in curves_then]  # perhaps in another process
+    for run, trial in zip(lab.trials, lab.study.trials, strict=True):
+        assert trial.intermediate_values == lab.curve(run, "validation.accuracy")
+        assert lab.adapter(run).joinpath("adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_a_process_that_ends_while_a_trial_trains(lab, undisturbed, how: signal.Signals):
+    lab.write()
+    command = [sys.executable, "-c", HOLDING, "sweep", lab.file, "--home", lab.home]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        before = list(iter(process.stdout.readline, "holding\n"))
+        assert before[-1].startswith("trial 1 lora: step 5: "), process.stderr.read()
+
+        second = lab.sweep()
+        assert second.code == 2
+        assert "Another `workbench sweep` is running the study 'tiny'" in second.err
+        assert len(second.err.splitlines()) == 1
+
+        process.send_signal(how)
+        out, err = process.communicate()
+    finally:
+        process.kill()
+    first_try = lab.study.trials[1]
+    assert first_try.state == TrialState.RUNNING
+    (first_run,) = [run for run in lab.trials if run.data.tags["workbench.trial"] == "1"]
+    if how == signal.SIGINT:
+        assert (process.returncode, err) == (130, "")
+        assert "the same command goes on from here" in out
+        assert "Traceback" not in out
+        assert (first_run.info.status, first_run.data.tags["workbench.outcome"]) == ("KILLED", "interrupted")
+        assert list(lab.curve(first_run, "train.loss")) == [1, 2, 3, 4, 5, 6, 7]
+        assert lab.parent.info.status == "KILLED"
+    else:
+        assert process.returncode == -signal.SIGKILL
+
+    done = lab.sweep()
+    assert done.code == 0
+    assert "resuming study tiny: 1 trials are done, 1 that was cut off is trained again" in done.out
+    assert "trial 0 lora" not in done.out
+    assert first_try.params == lab.study.trials[1].params
+    check_complete(lab, undisturbed)
+
+
+def once(method: Callable) -> Callable:
+    """The method, which Ctrl-C interrupts when it is called for trial 1."""
+    calls = 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            signal.raise_signal(signal.SIGINT)
+        return method(*args, **options)
+
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (sweeping, "suggest"),
+        (sweeping, "get_peft_model"),
+        (sweeping, "keep"),
+        (optuna.Study, "tell"),
+    ],
+    ids=["drawing", "injecting", "saving", "telling"],
+)
+def test_ctrl_c_at_any_other_time(lab, undisturbed, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str):
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, once(getattr(owner, name)))
+        stopped = lab.write().sweep()
+    assert (stopped.code, stopped.err) == (130, "")
+    assert "the same command goes on from here" in stopped.out
+    assert [trial.state for trial in lab.study.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert lab.sweep().code == 0
+    check_complete(lab, undisturbed)
+
+
+def test_ctrl_c_before_the_first_trial_leaves_nothing_to_mend(lab, undisturbed, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "load_base", interrupt)
+        assert lab.write().sweep().code == 130
+    assert "study tiny: 3 trials" in lab.sweep().out
+    check_complete(lab, undisturbed)

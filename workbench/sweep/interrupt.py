@@ -1,0 +1,39 @@
+"""Ctrl-C that is never lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class Interrupt:
+    """Remembers Ctrl-C while it is entered.
+
+    Python drops a KeyboardInterrupt that happens to be raised inside a weak reference's callback or a finaliser, and
+    torch runs many of these. Whoever works for long calls `check` now and then.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self._main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise the KeyboardInterrupt that was asked for, if it got lost."""
+        if self.asked:
+            raise KeyboardInterrupt
