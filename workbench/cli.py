@@ -129,7 +129,7 @@ def methods(
         table = Table("method", "name in files", "adapts", "fields")
         for method in METHODS.values():
             own = [field.name for field in fields(method.name).values() if not field.training]
-            table.add_row(method.name, method.config.peft_type, ", ".join(sorted(method.kinds)), ", ".join(own))
+            table.add_row(method.name, method.config.peft_type, ", ".join(sorted(method.kinds)) or "the input", ", ".join(own))
     elif name not in METHODS:
         hint = did_you_mean(name, METHODS) or f"known: {', '.join(METHODS)}"
         raise WorkbenchError(f"There is no method {name!r} ({hint}).")
@@ -197,7 +197,7 @@ def stores(home: Path, tracking_uri: str | None, storage: str | None) -> Stores:
 def main() -> None:
     """The console command: a user's mistake is a message and exit code 2, never a traceback."""
     try:
-        app()
+        app(prog_name=COMMAND)
     except StudyError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)

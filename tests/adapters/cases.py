@@ -23,6 +23,9 @@ class Case:
         other: what a second adapter beside this one has otherwise; None where one layer holds a single adapter of it.
         starts_as_base: whether a new adapter leaves the base model's output as it is.
         together: whether two of them may be active at once.
+        merges: whether it can be written into the base weights.
+        by_row: whether each row of a batch can have an adapter of its own.
+        same_layers: whether peft has one adapted layer where we have one.
         keeps_base: whether the base model answers as it did without the adapter while the adapter is disabled.
         wrong_in_peft: parameters of which peft computes wrong gradients.
         arguments: what a call of the adapted model gets besides the base model's inputs.
@@ -37,12 +40,15 @@ class Case:
     starts_as_base: bool = True
     together: bool = True
     keeps_base: bool = True
+    merges: bool = True
+    by_row: bool = True
+    same_layers: bool = True
     wrong_in_peft: tuple[str, ...] = ()
     arguments: dict[str, list[int]] = field(default_factory=dict)
     reparameterised: bool = False
 
 
-FACTS = {"other", "starts_as_base", "together", "keeps_base", "wrong_in_peft"}
+FACTS = {"other", "starts_as_base", "together", "keeps_base", "merges", "by_row", "same_layers", "wrong_in_peft"}
 
 
 def _row(method: str, id: str, base: Factory, **rest: Any) -> Case:
@@ -53,6 +59,15 @@ def _row(method: str, id: str, base: Factory, **rest: Any) -> Case:
 
 def _lora(id: str, base: Factory, **rest: Any) -> Case:
     return _row("lora", id, base, **rest)
+
+
+def _adalora(id: str, base: Factory, **rest: Any) -> Case:
+    return _row("adalora", id, base, **{"total_step": 10, "other": None} | rest)  # only one of its adapters trains
+
+
+def _adaption_prompt(id: str, base: Factory, **rest: Any) -> Case:
+    facts = {"together": False, "merges": False, "by_row": False, "other": {"adapter_len": 5}}
+    return _row("adaption_prompt", id, base, **{"task_type": "CAUSAL_LM"} | facts | rest)
 
 
 def _ia3(id: str, base: Factory, **rest: Any) -> Case:
@@ -203,6 +218,20 @@ CASES = [
     _lora("conv-dora-dropout", models.conv_net, target_modules=["conv1", "conv2"], use_dora=True, lora_dropout=0.3),
     _lora("mlp-dora", models.mlp, target_modules=["emb", "layers.0"], r=4, use_dora=True),
     _lora("gemma3-dora", models.gemma3_untied, target_modules=["embed_tokens", "v_proj"], r=4, use_dora=True),
+    _lora("attention", models.parts, target_modules=["attention"], r=4, by_row=False, same_layers=False),
+    _lora("attention-too", models.parts, target_modules=["attention", "head"], by_row=False, same_layers=False),
+    _lora("experts", models.parts, target_modules=[], target_parameters=["experts.up"], r=4, by_row=False),
+    _lora("experts-2d", models.parts, target_modules=["head"], target_parameters=["down"], r=4, by_row=False),
+    _lora(
+        "experts-both",
+        models.parts,
+        target_modules=[],
+        target_parameters=["experts.up", "experts.down"],
+        rank_pattern={"experts.up": 2},
+        alpha_pattern={"down": 3},
+        by_row=False,
+        same_layers=False,
+    ),
     _lora("bert-pissa", models.bert_classifier, r=4, init_lora_weights="pissa", other=None, keeps_base=False),
     _lora("gpt2-pissa", models.gpt2, fan_in_fan_out=True, init_lora_weights="pissa", other=None, keeps_base=False),
     _lora("bert-olora", models.bert_classifier, r=4, init_lora_weights="olora", other=None, keeps_base=False),
@@ -221,6 +250,31 @@ CASES = [
     _lora("mlp-mica", models.mlp, target_modules=["emb", "layers.0"], r=4, init_lora_weights="mica"),
     _lora("bert-eva", models.bert_classifier, r=4, init_lora_weights="eva"),
     _lora("conv-lora-ga", models.conv_net, target_modules=["conv1", "head"], r=4, init_lora_weights="lora_ga"),
+    _adalora("bert-seq-cls", models.bert_classifier, task_type="SEQ_CLS", init_r=4, target_r=2),
+    _adalora("bert-no-task", models.bert_classifier, lora_alpha=3),
+    _adalora(
+        "bert-layers",
+        models.bert_classifier,
+        target_modules=["dense"],
+        layers_to_transform=[1],
+        init_r=4,
+        lora_alpha=32,
+    ),
+    _adalora("bert-random", models.bert_classifier, init_r=4, init_lora_weights=False, starts_as_base=False),
+    _adalora("bert-dropout", models.bert_classifier, init_r=4, lora_dropout=0.3),
+    _adalora("bert-bias", models.bert_classifier, init_r=4, bias="lora_only"),
+    _adalora("bert-modules-to-save", models.bert_classifier, init_r=4, modules_to_save=["classifier"]),
+    _adalora("gpt2", models.gpt2, task_type="CAUSAL_LM", fan_in_fan_out=True, init_r=4),
+    _adalora("gpt2-tokens", models.gpt2, fan_in_fan_out=True, init_r=4, trainable_token_indices=TOKENS),
+    _adalora("llama", models.llama_tied, task_type="CAUSAL_LM", target_modules="all-linear", init_r=4),
+    _adalora("opt", models.opt, task_type="CAUSAL_LM"),
+    _adalora("t5", models.t5, task_type="SEQ_2_SEQ_LM", init_r=3),
+    _adalora("conv", models.conv_net, target_modules=["conv1", "conv2", "head"], init_r=4, lora_dropout=0.2),
+    _adalora("mlp", models.mlp, target_modules=["layers.0", "layers.1"], modules_to_save=["head"], init_r=20),
+    _adaption_prompt("llama", models.llama_tied, adapter_len=4, adapter_layers=2),
+    _adaption_prompt("llama-top", models.llama_untied, adapter_len=3, adapter_layers=1, task_type=None),
+    _adaption_prompt("mistral", models.mistral, adapter_len=4, adapter_layers=2, target_modules="self_attn"),
+    _adaption_prompt("gpt2", models.gpt2, adapter_len=4, adapter_layers=1),
     _ia3("bert-seq-cls", models.bert_classifier, task_type="SEQ_CLS", together=False),
     _ia3("bert-no-task", models.bert_classifier),
     _ia3("bert-no-feedforward", models.bert_classifier, target_modules=["key", "value"], feedforward_modules=[]),
@@ -305,9 +359,7 @@ CASES = [
         encoder_hidden_size=5,
         reparameterised=True,
     ),
-    _prompt(
-        "t5-projection", "prefix_tuning", models.t5, "SEQ_2_SEQ_LM", prefix_projection=True, reparameterised=True
-    ),
+    _prompt("t5-projection", "prefix_tuning", models.t5, "SEQ_2_SEQ_LM", prefix_projection=True, reparameterised=True),
     *_prompts("p_tuning", reparameterised=True),
     _prompt("llama", "p_tuning", models.llama_untied, "CAUSAL_LM", encoder_hidden_size=5, reparameterised=True),
     _prompt(

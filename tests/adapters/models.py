@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -121,6 +123,22 @@ def llama_tied() -> nn.Module:
 @tiny
 def llama_untied() -> nn.Module:
     return _llama(tied=False)
+
+
+@tiny
+def mistral() -> nn.Module:
+    """Attention in which two heads share keys and values."""
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    return MistralForCausalLM(config)
 
 
 def _gemma3(tied: bool) -> nn.Module:
@@ -254,6 +272,41 @@ def mlp() -> nn.Module:
     return Mlp()
 
 
+class Experts(nn.Module):
+    """A mixture of experts whose weights are bare parameters: `up` (experts, out, in) and `down`, 2-dimensional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 20, HIDDEN) / 4)
+        self.down = nn.Parameter(torch.randn(HIDDEN, 20) / 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Hidden states (rows, length, width) -> the same, and nothing besides, as a tuple."""
+        return torch.tanh(torch.einsum("rlh,eoh->rlo", x, self.up)) @ self.down.T, None
+
+
+class Parts(nn.Module):
+    """Layers of kinds that say little of themselves: attention, experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(VOCAB, HIDDEN)
+        self.attention = nn.MultiheadAttention(HIDDEN, 2, batch_first=True)
+        self.experts = Experts()
+        self.head = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Token ids (rows, length) -> logits (rows, length, 3)."""
+        hidden = self.emb(x)
+        hidden = hidden + self.attention(hidden, hidden, hidden)[0]
+        return self.head(hidden + self.experts(hidden)[0])
+
+
+@tiny
+def parts() -> nn.Module:
+    return Parts()
+
+
 def inputs(factory: Factory) -> dict[str, Any]:
     """Arguments of one forward call, equal at every call: ids (rows, length) or images (rows, 3, 8[, 8[, 8]])."""
     draw = torch.Generator().manual_seed(2)
@@ -262,7 +315,7 @@ def inputs(factory: Factory) -> dict[str, Any]:
     ids = torch.randint(2, VOCAB, (ROWS, LENGTH), generator=draw)
     for row in range(ROWS):
         ids[row, row] = TOKENS[row % len(TOKENS)]
-    if factory is mlp:
+    if factory in (mlp, parts):
         return {"x": ids}
     ids[0, -1] = 0  # a padding token, where embeddings with a padding_idx differ from those without
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

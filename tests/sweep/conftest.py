@@ -125,7 +125,7 @@ class Lab:
         return self.folder / "home"
 
     def write(self, methods: str = METHODS, budget: str = "{trials: 3}", training: str = "", more: str = "") -> Lab:
-        """Write the study file: 10 steps a trial, measured after 5 and 10; random search unless `more` says otherwise."""
+        """Write the study file: 10 steps a trial, measured after 5 and 10; random search unless `more` says so."""
         sections = {
             "study": self.name,
             "model": f"{{path: {self.model}, task: SEQ_CLS}}",

@@ -126,11 +126,10 @@ def once(method: Callable) -> Callable:
     ("owner", "name"),
     [
         (sweeping, "suggest"),
-        (sweeping, "get_peft_model"),
         (sweeping, "keep"),
         (optuna.Study, "tell"),
     ],
-    ids=["drawing", "injecting", "saving", "telling"],
+    ids=["drawing", "saving", "telling"],
 )
 def test_ctrl_c_at_any_other_time(lab, undisturbed, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str):
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Whole sweeps on a tiny model: what they record, when they end, and what a trial that goes wrong does to the others."""
+"""Whole sweeps on a tiny model: what they record, when they end, and that a trial that fails harms no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from workbench.adapters.tuner_layer import TunerLayer
 from workbench.sweep import run as sweeping
-from workbench.tracking import frames
 from workbench.training import loop
 from workbench.training.base import Base, fingerprint, load_base
 
@@ -130,7 +129,7 @@ def test_the_parent_run(every_method):
     assert tags["workbench.env.version.torch"] == torch.__version__
     assert {"workbench.env.version.transformers", "workbench.env.version.mlflow", "workbench.env.python"} <= set(tags)
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    assert tags.get("workbench.env.git.commit", "") == git.stdout.strip()
+    assert tags.get("workbench.env.git.commit") == (git.stdout.strip() if git.returncode == 0 else None)
     assert parent.data.metrics["seconds/load"] > 0
     (used,) = parent.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("tiny", params["data.fingerprint"])
@@ -308,7 +307,7 @@ def test_trials_share_the_order_of_the_data(lab, monkeypatch: pytest.MonkeyPatch
 
 def test_what_becomes_of_a_trial_does_not_touch_the_others(new_lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calm, rough = new_lab(tmp_path / "calm"), new_lab(tmp_path / "rough")
-    calm.write(budget="{trials: 6}").sweep()
+    calm.write(budget="{trials: 5}").sweep()
 
     numbers = itertools.count()
     current = 0
@@ -336,11 +335,11 @@ def test_what_becomes_of_a_trial_does_not_touch_the_others(new_lab, tmp_path: Pa
     monkeypatch.setattr(loop, "collate", collate)
     monkeypatch.setattr(sweeping, "get_peft_model", adapt)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
-    done = rough.write(budget="{trials: 6}").sweep()
+    done = rough.write(budget="{trials: 5}").sweep()
     assert done.code == 0
-    (counts,) = [line for line in done.out.splitlines() if line.startswith("6 trials: ")]
-    counted = {"2 complete", "2 out_of_memory", "1 failed", "1 pruned"}
-    assert {*counts.removeprefix("6 trials: ").split(", ")} == counted
+    (counts,) = [line for line in done.out.splitlines() if line.startswith("5 trials: ")]
+    counted = {"1 complete", "2 out_of_memory", "1 failed", "1 pruned"}
+    assert {*counts.removeprefix("5 trials: ").split(", ")} == counted
 
     outcomes = [(run.data.tags["workbench.outcome"], run.info.status) for run in rough.trials]
     assert outcomes == [
@@ -348,7 +347,6 @@ def test_what_becomes_of_a_trial_does_not_touch_the_others(new_lab, tmp_path: Pa
         ("pruned", "KILLED"),
         ("out_of_memory", "FAILED"),
         ("out_of_memory", "FAILED"),
-        ("complete", "FINISHED"),
         ("complete", "FINISHED"),
     ]
     states = [trial.state for trial in rough.study.trials]
@@ -358,10 +356,9 @@ def test_what_becomes_of_a_trial_does_not_touch_the_others(new_lab, tmp_path: Pa
         TrialState.FAIL,
         TrialState.FAIL,
         TrialState.COMPLETE,
-        TrialState.COMPLETE,
     ]
     assert [trial.user_attrs["outcome"] for trial in rough.study.trials] == [outcome for outcome, _ in outcomes]
-    failed, pruned, starved, too_large, *_ = rough.trials
+    failed, pruned, starved, too_large, _ = rough.trials
     trace = Path(rough.client.download_artifacts(failed.info.run_id, "traceback.txt")).read_text()
     assert trace.startswith("Traceback")
     assert trace.rstrip().endswith("RuntimeError: a bug in a method")
@@ -431,7 +428,10 @@ def test_new_tokens(lab, monkeypatch: pytest.MonkeyPatch):
     """Two words that the vocabulary holds in pieces only become tokens that train."""
     tokenizer = AutoTokenizer.from_pretrained(lab.model)
     words = Counter(
-        word for row in (lab.data / "train.csv").read_text().lower().split("\n") for word in row.split() if word.isalpha()
+        word
+        for row in (lab.data / "train.csv").read_text().lower().split("\n")
+        for word in row.split()
+        if word.isalpha()
     )
     new = [word for word, _ in words.most_common() if len(tokenizer.tokenize(word)) > 1][:2]
     bases: list[Base] = []

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from workbench.errors import MergeError
 
+from . import base_ops
+
 Slot = tuple[nn.Module, str]  # a module and the name of one of its parameters or buffers
 
 
@@ -22,6 +24,14 @@ class Part(nn.Module):
 
     prefix: str = ""
     upcast: ClassVar[bool] = True
+
+    def merged_parameters(self, layer: base_ops.Layer, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's parameters with the adapter in them, by name; `changed`: those that others changed before."""
+        weight = base_ops.canonical(layer, changed.get("weight", layer.weight).detach())
+        bias = changed.get("bias", getattr(layer, "bias", None))
+        weight, bias = self.merged(weight, None if bias is None else bias.detach())
+        merged = {"weight": base_ops.canonical(layer, weight)}
+        return merged if bias is None else merged | {"bias": bias}
 
     def slots(self) -> dict[str, Slot]:
         """Where each tensor of a checkpoint lives, by its name in the checkpoint without the module's path."""
@@ -49,6 +59,7 @@ class Adapter(Part):
         replaces: the adapter computes the output itself (`replace`) and neither the base layer nor what lies below
             runs.
         mergeable: whether `merged` exists.
+        by_row: whether each row of a batch can have an adapter of its own.
         base_weight: the canonical weight that is left to the base layer, for an adapter that takes a part of it into
             itself; None for others, and once the adapter is on a layer. The layer gets its own back afterwards.
         own_weights: gives the canonical weight and the bias of the layer itself, even while adapters are merged into
@@ -58,6 +69,7 @@ class Adapter(Part):
     views: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
     base_weight: Tensor | None = None
     own_weights: Callable[[], tuple[Tensor, Tensor | None]]
 
@@ -68,6 +80,13 @@ class Adapter(Part):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         """Map the layer's output `y`; `x` is the input before `pre`."""
         return y
+
+    def around(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run what lies below, between `pre` and `post`. An adapter on modules that take or give more than one tensor
+        overrides this instead."""
+        x, *rest = args
+        y = inner(self.pre(x), *rest, **kwargs)
+        return self.post(x, y).to(y.dtype)
 
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         """The output itself, for adapters with `replaces`."""

@@ -18,6 +18,9 @@ from workbench.errors import MergeError
 Layer: TypeAlias = Any  # a module of one of the kinds below; nn.Module says nothing of weight and bias
 
 LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
+ATTENTION = "MultiheadAttention"  # has several weights and none that is called so
+# attention with its projections inside, as a decoder's blocks call it; by class name, as importing the models takes long
+DECODER_ATTENTION = frozenset({"LlamaAttention", "MistralAttention", "GPT2Attention"})
 TIME_CONV, CONV2D, CONV3D = "Conv1d", "Conv2d", "Conv3d"  # nn.Conv1d is a convolution, Conv1D a linear layer
 
 _CONVOLUTIONS: dict[str, Any] = {TIME_CONV: nn.Conv1d, CONV2D: nn.Conv2d, CONV3D: nn.Conv3d}
@@ -25,6 +28,7 @@ _KINDS: dict[type[nn.Module], str] = {
     nn.Linear: LINEAR,
     Conv1D: CONV1D,
     nn.Embedding: EMBEDDING,
+    nn.MultiheadAttention: ATTENTION,
     **{cls: kind for kind, cls in _CONVOLUTIONS.items()},
 }
 _TRANSPOSED = {CONV1D, EMBEDDING}
@@ -32,7 +36,9 @@ _TRANSPOSED = {CONV1D, EMBEDDING}
 
 def kind_of(layer: nn.Module) -> str | None:
     """The kind of a layer, or None if it is none that an adapter can be put on."""
-    return next((kind for cls, kind in _KINDS.items() if isinstance(layer, cls)), None)
+    name = type(layer).__name__
+    named = name if name in DECODER_ATTENTION else None
+    return next((kind for cls, kind in _KINDS.items() if isinstance(layer, cls)), named)
 
 
 def features(layer: Layer) -> tuple[int, int]:
@@ -43,7 +49,12 @@ def features(layer: Layer) -> tuple[int, int]:
 
 def read_weight(layer: Layer) -> Tensor:
     """The canonical weight, a view of the layer's own."""
-    return layer.weight.T if kind_of(layer) in _TRANSPOSED else layer.weight
+    return canonical(layer, layer.weight)
+
+
+def canonical(layer: Layer, weight: Tensor) -> Tensor:
+    """A weight as the layer stores it in its canonical form, or the reverse, as a view."""
+    return weight.T if kind_of(layer) in _TRANSPOSED else weight
 
 
 @torch.no_grad()

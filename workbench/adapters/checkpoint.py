@@ -182,24 +182,26 @@ def match_slots(
     """
     tuner.check_known([adapter_name])
     own: dict[str, Slot] = {}
+    values = dict(tensors)
     tied: set[str] = set()
     for start, part in tuner.parts(adapter_name):
-        slots = part.slots()
-        own |= {start + name: slot for name, slot in slots.items()}
-        restored = {start + name: (part, name) for name in slots if start + name in tensors}
-        tensors = tensors | {key: part.restored(name, tensors[key]) for key, (part, name) in restored.items()}
+        for name, slot in part.slots().items():
+            own[start + name] = slot
+            if start + name in tensors:
+                values[start + name] = part.restored(name, tensors[start + name])
         tied |= {start + name for name in part.saved()}
     known = {tuner.prefix + name: slot for name, slot in base_slots(tuner.model).items()} | own
     places = {key: known[key] for key in tensors if key in known}
     for key, (owner, leaf) in places.items():
-        here, there = tuple(getattr(owner, leaf).shape), tuple(tensors[key].shape)
+        here, there = tuple(getattr(owner, leaf).shape), tuple(values[key].shape)
         if here != there:
             raise CheckpointError(
                 f"{key} has shape {there} in the file but {here} here: the adapter was made for another base model, "
                 "with another configuration, or for resized embeddings; resize those of this model first."
             )
     missing = [key for key in own if key not in tensors]
-    return [(slot, tensors[key]) for key, slot in places.items()], LoadResult(missing, [key for key in tensors if key not in known and key not in tied])
+    unexpected = [key for key in tensors if key not in known and key not in tied]
+    return [(slot, values[key]) for key, slot in places.items()], LoadResult(missing, unexpected)
 
 
 @torch.no_grad()

@@ -72,6 +72,9 @@ def add_weighted_adapter(
     if any(getattr(config, "target_parameters", None) for config in configs):
         raise ConfigError("add_weighted_adapter does not support targeting nn.Parameter.", "target_parameters")
     kind = "linear" if len(adapters) == 1 else combination_type
+    thins_out = kind.removesuffix("_svd") in MERGES and kind != "linear"
+    if thins_out and (density is None or density < 0):
+        raise ConfigError(f"combination_type {kind} needs a density from 0 to 1, not {density}.", "density")
     rank = new_rank(kind, [max([config.r, *config.rank_pattern.values()]) for config in configs], svd_rank)
     changed |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     tuner.add(adapter_name, replace(configs[0], **changed))
@@ -176,9 +179,7 @@ def merged_parts(
 def merge(tensors: list[Tensor], weights: list[float], kind: str, density: float | None, sign: Sign) -> Tensor:
     """A weighted sum of tensors of one shape; ties, dare and magnitude_prune thin them out first."""
     if kind != "linear":
-        if density is None:
-            raise ConfigError(f"combination_type {kind} needs a density in [0, 1].", "density")
-        tensors = [prune(tensor, density, random=kind.startswith("dare")) for tensor in tensors]
+        tensors = [prune(tensor, density or 0.0, random=kind.startswith("dare")) for tensor in tensors]
     stacked = torch.stack(tensors)
     weighted = stacked * torch.tensor(weights, device=stacked.device).to(stacked.dtype).view(
         -1, *[1] * tensors[0].dim()
@@ -197,8 +198,6 @@ def prune(tensor: Tensor, density: float, random: bool) -> Tensor:
             f"The density {density} is greater than or equal to 1, no pruning will be performed.", stacklevel=2
         )
         return tensor
-    if density < 0:
-        raise ConfigError(f"Density should be >= 0, got {density}.", "density")
     if random:
         return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
     kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices

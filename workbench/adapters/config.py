@@ -74,6 +74,17 @@ class PeftConfig:
         unused = {name for name in self.extension_fields if getattr(self, name) is None}
         return {"peft_type": self.peft_type} | {k: v for k, v in asdict(self).items() if k not in unused}
 
+    def converted(self, trained: dict[str, Any], start: dict[str, Any]) -> tuple[dict[str, Any], PeftConfig]:
+        """Tensors and configuration of a plain adapter that adds what `trained` adds beyond `start`, both by checkpoint
+        key.
+
+        Raises:
+            ConfigError: the method has no such form.
+        """
+        raise ConfigError(
+            f"{self.peft_type} adapters cannot be converted with path_initial_model_for_weight_conversion."
+        )
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json` into a folder, which is made if need be."""
         folder = Path(save_directory)

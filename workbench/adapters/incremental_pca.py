@@ -1,5 +1,5 @@
-"""Incremental principal component analysis: one batch at a time, without keeping the data (Ross et al. 2008, "Incremental
-learning for robust visual tracking", section 3; scikit-learn's estimator of the same name)."""
+"""Incremental principal component analysis: one batch at a time, without keeping the data (Ross et al. 2008,
+"Incremental learning for robust visual tracking", section 3; scikit-learn's estimator of the same name)."""
 
 from __future__ import annotations
 
@@ -67,12 +67,15 @@ class IncrementalPCA:
         X = self._checked(X)
         size = self.batch_size or 5 * X.shape[1]
         for batch in self.gen_batches(len(X), size, min_batch_size=self.n_components or 0):
-            self.partial_fit(X[batch])
+            self._step(X[batch])
         return self
 
     def partial_fit(self, X: Any) -> IncrementalPCA:
         """Take in one batch `(samples, features)`: the SVD of the components so far, weighted, and the new data."""
-        X = self._checked(X)
+        self._step(self._checked(X))
+        return self
+
+    def _step(self, X: Tensor) -> None:
         samples, features = X.shape
         first = not hasattr(self, "components_")
         if first:
@@ -90,10 +93,10 @@ class IncrementalPCA:
         apart = (self.mean_ - batch_mean).square() * seen * samples / total
         spread = (X - batch_mean).square().sum(0)
         var = (self.var_ * seen + spread + apart) / total
-        X = X - batch_mean.to(X.dtype)
+        X = (X - batch_mean).to(X.dtype)
         if not first:
             shift = (seen.double() * samples / total).sqrt() * (self.mean_ - batch_mean)
-            X = torch.vstack((self.singular_values_[:, None] * self.components_, X, shift.to(X.dtype)))
+            X = torch.vstack((self.singular_values_[:, None] * self.components_, X, shift))  # float64 from here on
         S, Vh = self._svd(X)
         Vh = Vh * Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # of each sign the one with a positive peak
         variance, kept = S.square() / (total - 1), self.n_components
@@ -104,7 +107,6 @@ class IncrementalPCA:
         self.explained_variance_ratio_ = (S.square() / (var * total).sum())[:kept]
         rest = variance[kept:]
         self.noise_variance_ = rest.mean() if kept not in (samples, features) else variance.new_zeros(())
-        return self
 
     def transform(self, X: Tensor) -> Tensor:
         """The data `(samples, features)` in the components' coordinates, `(samples, n_components)`."""

@@ -4,10 +4,11 @@ then the model is changed, so a refused configuration leaves nothing behind."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,6 +94,13 @@ def is_target(config: Any, path: str) -> bool:
     return layer_index(path, config.layers_pattern) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
+def choose(config: Any, everything: list[Site]) -> list[Site]:
+    """The modules that the configuration names as targets, or chooses by a rule of its own."""
+    if hasattr(config, "choose"):
+        return config.choose(everything)
+    return [site for site in everything if is_target(config, site.path)]
+
+
 def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
     """Paths of all linear layers but the output layer, or the head of a classification model."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -120,6 +128,8 @@ def fill_defaults(config: Any, method: Method, model: nn.Module) -> None:
         if targets is None:
             config.target_modules = input_embedding(model).path
     elif targets is None:
+        if model_type not in method.targets and getattr(config, "target_parameters", None):
+            return
         if model_type not in method.targets:
             raise TargetError(
                 "Please specify `target_modules` in `peft_config`: there is no default for "
@@ -170,7 +180,8 @@ def suggestions(model: nn.Module, method: Method) -> str:
 
 
 def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
-    """The modules that a configuration means, each with what is put there: "target", "tokens" or "save".
+    """The modules that a configuration means, each with what is put there: "target", "parameters", "tokens" or
+    "save".
 
     Fills in the configuration's architecture defaults. Changes nothing in the model.
 
@@ -181,7 +192,7 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
     method = by_peft_type(config.peft_type)
     fill_defaults(config, method, model)
     everything = list(sites(model))
-    targets = [site for site in everything if is_target(config, site.path)]
+    targets = choose(config, everything)
     for site in targets:
         if base_ops.kind_of(site.module) not in method.kinds:
             raise TargetError(
@@ -190,14 +201,17 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
                 f"(it adapts {', '.join(sorted(method.kinds))}). The model has {suggestions(model, method)}.",
                 "target_modules",
             )
-    if not targets and method.kinds:
+    of_parameters = [site for site in everything if parameter_names(site, config)]
+    check_parameters(model, config, targets, of_parameters)
+    if not targets and not of_parameters and method.kinds:
         raise TargetError(
             f"Target modules {config.target_modules} not found in the base model"
             f"{_narrowed(config)}. The model has {suggestions(model, method)}.",
             "target_modules",
         )
     found = [(site, "target") for site in unique(targets)]
-    taken = {id(site.module) for site in targets}
+    found += [(site, "parameters") for site in unique(of_parameters)]
+    taken = {id(site.module) for site, _ in found}
 
     for name in token_targets(model, config):
         matched = [s for s in everything if s.path.endswith(name) and base_ops.kind_of(s.module) in TOKEN_KINDS]
@@ -222,6 +236,50 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
             )
         found.append((site, "save"))
     return found
+
+
+def parameter_names(site: Site, config: Any) -> list[str]:
+    """The module's own parameters that `target_parameters` means, in the module's order."""
+    wanted = getattr(config, "target_parameters", None)
+    if not wanted:
+        return []
+    own = [*dict(site.module.named_parameters(recurse=False)), *getattr(site.module, "parametrizations", ())]
+    return [name for name in own if named(f"{site.path}.{name}", wanted)]
+
+
+def check_parameters(model: nn.Module, config: Any, targets: list[Site], of_parameters: list[Site]) -> None:
+    """Refuse target parameters that cannot be adapted; warn if some of the configuration's targets match nothing."""
+    wanted = getattr(config, "target_parameters", None)
+    if not wanted:
+        return
+    for name, _ in model.named_parameters(recurse=False):
+        if name in wanted:
+            raise TargetError(
+                f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{name}'): wrap the "
+                "model in another module.",
+                "target_parameters",
+            )
+    for site in of_parameters:
+        if any(site.module is target.module for target in targets):
+            raise TargetError(
+                f"Trying to wrap an `nn.Parameter` of layer '{site.path}' of type {type(site.module).__name__}, which "
+                "is not a valid target. Make sure that this layer is not also targeted with `target_modules`.",
+                "target_parameters",
+            )
+    if not targets and not of_parameters and not config.target_modules:
+        raise TargetError(
+            "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+            "arguments.",
+            "target_parameters",
+        )
+    if config.target_modules and not targets and of_parameters:
+        warnings.warn(
+            f"target_modules={config.target_modules} were set but no module was matched.", RuntimeWarning, stacklevel=2
+        )
+    if targets and not of_parameters:
+        warnings.warn(
+            f"target_parameters={wanted} were set but no parameter was matched.", RuntimeWarning, stacklevel=2
+        )
 
 
 TOKEN_KINDS = {base_ops.EMBEDDING, base_ops.LINEAR}
@@ -263,8 +321,12 @@ def build(model: nn.Module, config: PeftConfig, low_cpu_mem_usage: bool = False)
             if role == "save":
                 made.append((site, ModulesToSave(site.module)))
                 continue
-            if role == "target":
-                adapter = method.adapter(site.module, config, site.path)
+            if role == "parameters":
+                if method.parameters is None:
+                    raise ConfigError(f"{method.title} cannot adapt parameters.", "target_parameters")
+                adapter = method.parameters(site.module, parameter_names(site, config), config, site.path)
+            elif role == "target":
+                adapter = cast(Any, method.adapter)(site.module, config, site.path)
             else:
                 indices = next(ids for name, ids in tokens.items() if site.path.endswith(name))
                 adapter = TrainableTokens(site.module, TrainableTokensConfig(token_indices=indices), site.path)

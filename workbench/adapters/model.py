@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -26,6 +26,9 @@ from .inject import HEADS
 from .prompts import PromptTuner
 from .tuner import Tuner
 from .tuner_layer import BASE
+
+if TYPE_CHECKING:
+    from .status import TunerLayerStatus, TunerModelStatus
 
 HEAD_MODULES: dict[str, tuple[str, ...]] = {
     TaskType.SEQ_CLS.value: HEADS,
@@ -61,8 +64,7 @@ class PeftModel(nn.Module):
         tuner = PromptTuner if peft_config.is_prompt_learning else Tuner
         self.base_model = tuner(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # a checkpointed block gives no gradients at all if nothing that enters it requires one
-            model.enable_input_require_grads()  # type: ignore[operator]
+            self.prepare_model_for_gradient_checkpointing(model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -96,6 +98,12 @@ class PeftModel(nn.Module):
         """The base model; its adapted layers are still wrapped."""
         return self.base_model.model
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let the embedded input require gradients: checkpointed blocks give none at all if nothing that enters them
+        requires one. Call it with the base model where checkpointing is switched on later."""
+        model.enable_input_require_grads()  # type: ignore[operator]
+        return model
+
     # ---------------------------------------------------------------- forward
 
     def forward(
@@ -108,7 +116,7 @@ class PeftModel(nn.Module):
             task_ids: the task of each row, (rows,), for methods that know tasks.
         """
         with self._rows(adapter_names, task_ids):
-            return self.get_base_model()(*args, **kwargs)
+            return self.base_model(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
@@ -181,6 +189,18 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The status of every adapted layer; see `status.TunerLayerStatus`."""
+        from .status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The status of the model's adapters together; see `status.TunerModelStatus`."""
+        from .status import get_model_status
+
+        return get_model_status(self)
+
     # ---------------------------------------------------------------- files
 
     def save_pretrained(
@@ -190,9 +210,17 @@ class PeftModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json`; adapters not named "default" get their own
         subfolder.
+
+        Args:
+            path_initial_model_for_weight_conversion: folder of the same adapter before training. Where its start took a
+                part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA), what is saved then is a plain adapter for the
+                base model as it was, of twice the rank.
+            state_dict: tensors to save instead of the model's own, by checkpoint key.
 
         Raises:
             AdapterNameError: an adapter of `selected_adapters` does not exist.
@@ -209,9 +237,11 @@ class PeftModel(nn.Module):
             return
         for name in names:
             target = folder if name == "default" else folder / name
-            tensors = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=save_embedding_layers)  # type: ignore[arg-type]
-            write_weights(tensors, target)
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)  # type: ignore[arg-type]
             config = copy.copy(self.peft_config[name])
+            if path_initial_model_for_weight_conversion is not None:
+                tensors, config = config.converted(tensors, read_weights(path_initial_model_for_weight_conversion))
+            write_weights(tensors, target)
             config.inference_mode = True  # as peft does: whoever loads the file decides anew
             if config.task_type is None:
                 base = type(self.get_base_model())

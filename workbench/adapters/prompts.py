@@ -78,12 +78,14 @@ class PromptTuner(Tuner):
             self._hooks = [
                 module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._doors(encoder)
             ]
-        self.prompt_encoder[name] = encoder.to(self.word_embeddings.weight.device)
+        self.prompt_encoder[name] = encoder.to(next(self.model.parameters()).device)
         self.set_requires_grad(name, name in self.state.active and not config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.prompt_encoder[adapter_name]
+        if not self.peft_config:
+            self._close()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
@@ -108,16 +110,16 @@ class PromptTuner(Tuner):
         raise MergeError("A prompt cannot be merged into the base weights.")
 
     def _unwrap(self, merged: list[str]) -> nn.Module:
-        for hook in self._hooks:
-            hook.remove()
+        self._close()
         return super()._unwrap(merged)
 
     # ---------------------------------------------------------------- the virtual tokens
 
     @property
     def word_embeddings(self) -> Any:
-        """The base model's input embedding."""
-        return cast(PreTrainedModel, self.model).get_input_embeddings()
+        """The base model's input embedding; None if it does not tell which one that is."""
+        model: Any = self.model
+        return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
@@ -172,7 +174,7 @@ class PromptTuner(Tuner):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return getattr(self.model.config, "is_encoder_decoder", False)
+        return getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
 
     def _doors(self, encoder: VirtualTokens) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """The modules at which virtual tokens enter, and the hooks that let them in."""
@@ -182,6 +184,11 @@ class PromptTuner(Tuner):
         if self.is_encoder_decoder:  # `generate` calls the encoder by itself
             return [(model, self._enter_decoder), (model.get_encoder(), self._enter_input)]
         return [(model, self._enter_input)]
+
+    def _close(self) -> None:
+        """Let nothing in any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def acts(self) -> bool:
@@ -196,23 +203,20 @@ class PromptTuner(Tuner):
 
     def check_checkpointing(self, encoder: VirtualTokens) -> None:
         """Refuse gradient checkpointing, under which transformers drops the cache, where the prompt is in it."""
-        if encoder.in_cache and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+        on = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if on and encoder.in_cache:
             raise ConfigError("PREFIX_TUNING does not work with gradient checkpointing.")
 
     def _enter_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> tuple[tuple[()], Given] | None:
         """Pre-hook of a model or encoder: the virtual tokens stand before the embeddings of the input."""
         if not self.acts:
             return None
-        given, count = arguments(module, args, kwargs), cast(int, self.active_config.num_virtual_tokens)
-        task = TASKS[TaskType(self.active_config.task_type or "")]
+        given, count, task = self._call(module, args, kwargs)
         started = past(given) > 0
         if given.get("position_ids") is not None:
             if not started and not counts_up(given["position_ids"]):
                 warnings.warn("Position ids are not supported by prompt methods and ignored.", stacklevel=2)
             given["position_ids"] = None
-        if given.get("token_type_ids") is not None and not task.token_types:
-            warnings.warn("Token type ids are not supported for this task and ignored.", stacklevel=2)
-            given["token_type_ids"] = None
         mask = given.get("attention_mask")
         if started:
             given["attention_mask"] = longer(mask, count, 1)
@@ -232,16 +236,16 @@ class PromptTuner(Tuner):
         input. As in peft, `generate` has the former only."""
         if not self.acts:
             return None
-        given, config = arguments(module, args, kwargs), self.active_config
-        count = cast(int, config.num_virtual_tokens)
+        given, count, _ = self._call(module, args, kwargs)
         given["attention_mask"] = longer(given.get("attention_mask"), count, 1)
         encoder = self.encoder(self.state.active[0])
-        if not encoder.before_decoder or config.num_transformer_submodules != 2 or "encoder_outputs" in given:
+        submodules = self.active_config.num_transformer_submodules
+        if not encoder.before_decoder or submodules != 2 or "encoder_outputs" in given:
             return (), given
         labels = given.get("labels")
         if labels is not None:
             if given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
-                given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+                given["decoder_input_ids"] = cast(Any, self.model).prepare_decoder_input_ids_from_labels(labels=labels)
             given["labels"] = longer(labels, count, IGNORED)
         inputs = self._embedded(given, "decoder_")
         given["decoder_inputs_embeds"] = torch.cat([self._prompt(inputs)[:, count:], inputs], dim=1)
@@ -254,7 +258,7 @@ class PromptTuner(Tuner):
             return None
         if self.training:
             self.check_checkpointing(self.encoder(self.state.active[0]))
-        given, count = arguments(module, args, kwargs), cast(int, self.active_config.num_virtual_tokens)
+        given, count, _ = self._call(module, args, kwargs)
         if given.get("use_cache") is False:  # `generate` passes what the call before left, with all of the input
             given.pop("past_key_values", None)
         if not past(given):
@@ -267,6 +271,16 @@ class PromptTuner(Tuner):
             given["position_ids"] = given["position_ids"] + count
         return (), given
 
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> tuple[Given, int, Task]:
+        """The arguments of a call by name, the number of virtual tokens and the task."""
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        config = self.active_config
+        task = TASKS[TaskType(config.task_type or "")]
+        if given.get("token_type_ids") is not None and not task.token_types:
+            warnings.warn("Token type ids are not supported for this task and ignored.", stacklevel=2)
+            given["token_type_ids"] = None
+        return given, cast(int, config.num_virtual_tokens), task
+
     def _prompt(self, inputs: Tensor) -> Tensor:
         return cast(Tensor, self.get_prompt(len(inputs), self.state.task_ids)).to(inputs.dtype)
 
@@ -278,17 +292,15 @@ class PromptTuner(Tuner):
 
 
 def takes_cache(model: nn.Module) -> nn.Module:
-    """The model, or the model below its head, whichever takes `past_key_values`."""
+    """The model, or the model below its head, whichever takes `past_key_values`. A model of one's own is believed
+    to."""
+    if not isinstance(model, PreTrainedModel):
+        return model
     below = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     for module in [model, *below]:
         if "past_key_values" in inspect.signature(module.forward).parameters:
             return module
     raise ConfigError(f"{type(model).__name__} does not take past key values, which prefix tuning needs.")
-
-
-def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:
-    """The arguments of a forward call by name."""
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def past(given: Given) -> int:

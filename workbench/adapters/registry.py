@@ -6,16 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from workbench.errors import ConfigError
 
 from . import base_ops, defaults
 from .adapter import Adapter
 from .config import PeftConfig
 from .methods import (
+    adalora,
+    adaption_prompt,
     ia3,
     loha,
     lokr,
     lora,
+    lora_parameters,
     lycoris,
     multitask_prompt_tuning,
     p_tuning,
@@ -36,8 +41,14 @@ class Method:
         config: its configuration class; `config.peft_type` is the name in files.
         adapter: makes the adapter of one layer from the layer, the configuration and the layer's path.
         kinds: the layer kinds (`base_ops`) it can adapt; none for a prompt method.
+        parameters: makes the adapter on a module's own parameters (`target_parameters`) from the module, their names,
+            the configuration and the module's path.
         targets: default `target_modules` by the base model's `model_type`.
         encoder: makes a prompt method's virtual tokens from the configuration and the base model's input embedding.
+        penalty: what an adapter adds to the model's loss, if anything, from the tuner and the adapter's name.
+        after_step: what is done after each optimiser step, while the gradients are there: called with the tuner, the
+            adapter's name and the step, counted from 1.
+        one_trains: only one of a model's adapters may train.
     """
 
     name: str
@@ -46,15 +57,46 @@ class Method:
     adapter: Callable[[base_ops.Layer, Any, str], Adapter] | None = None
     kinds: frozenset[str] = frozenset()
     targets: dict[str, list[str] | str] = field(default_factory=dict)
+    parameters: Callable[[Any, list[str], Any, str], Adapter] | None = None
     encoder: Callable[[Any, Any], VirtualTokens] | None = None
+    penalty: Callable[[Any, str], Tensor | None] | None = None
+    after_step: Callable[[Any, str, int], None] | None = None
+    one_trains: bool = False
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("lora", "LoRA", lora.LoraConfig, lora.build, lora.KINDS, defaults.LORA_TARGETS),
+        Method(
+            "lora",
+            "LoRA",
+            lora.LoraConfig,
+            lora.build,
+            lora.KINDS,
+            defaults.LORA_TARGETS,
+            parameters=lora_parameters.on_parameters,
+        ),
+        Method(
+            "adalora",
+            "AdaLoRA",
+            adalora.AdaLoraConfig,
+            adalora.AdaLora,
+            adalora.KINDS,
+            defaults.ADALORA_TARGETS,
+            penalty=adalora.penalty,
+            after_step=adalora.allocate,
+            one_trains=True,
+        ),
         Method("loha", "LoHa", loha.LoHaConfig, loha.LoHa, lycoris.KINDS, defaults.LORA_TARGETS),
         Method("lokr", "LoKr", lokr.LoKrConfig, lokr.LoKr, lycoris.KINDS, defaults.LORA_TARGETS),
+        Method(
+            "adaption_prompt",
+            "adaption prompt",
+            adaption_prompt.AdaptionPromptConfig,
+            adaption_prompt.AdaptionPrompt,
+            adaption_prompt.KINDS,
+            defaults.ADAPTION_PROMPT_TARGETS,
+        ),
         Method("ia3", "(IA)3", ia3.IA3Config, ia3.IA3, ia3.KINDS, defaults.IA3_TARGETS),
         Method(
             "trainable_tokens",

@@ -11,9 +11,11 @@ from torch import nn
 
 from workbench.errors import AdapterNameError, ConfigError, MergeError
 
+from . import combine
 from .adapter import Part
 from .config import PeftConfig
 from .inject import build, inject, sites
+from .registry import Method, by_peft_type
 from .tuner_layer import BASE, AdapterState, TunerLayer
 
 HALF = (torch.float16, torch.bfloat16)
@@ -46,7 +48,32 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        """The base model's output; its loss, if it has one, with what the active adapters' methods add to it."""
+        outputs = self.model(*args, **kwargs)
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, torch.Tensor) and self.state.enabled:
+            for name in self.state.active:
+                penalty = self.method(name).penalty
+                extra = penalty(self, name) if penalty else None
+                if extra is not None:
+                    outputs.loss = outputs.loss + extra.to(loss)
+        return outputs
+
+    def method(self, adapter_name: str) -> Method:
+        """The method of an adapter."""
+        return by_peft_type(self.peft_config[adapter_name].peft_type)
+
+    def after_step(self, step: int) -> None:
+        """Call after each optimiser step, counted from 1, before the gradients are cleared: some methods have work to
+        do then."""
+        for name in self.state.active:
+            after_step = self.method(name).after_step
+            if after_step:
+                after_step(self, name, step)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """`after_step` under the name that it has in peft, for AdaLoRA."""
+        self.after_step(global_step)
 
     def layers(self) -> Iterator[tuple[str, TunerLayer]]:
         """Every adapted layer, with its path in the base model."""
@@ -99,6 +126,13 @@ class Tuner(nn.Module):
             raise AdapterNameError(
                 f"There is an adapter {name!r} already; choose another name or delete that one first."
             )
+        rivals = {**self.peft_config, name: config}.values() if by_peft_type(config.peft_type).one_trains else ()
+        if sum(not c.inference_mode for c in rivals) > 1:
+            title = type(config).__name__.removesuffix("Config")
+            raise ConfigError(
+                f"{title}Model supports only 1 trainable adapter; set inference_mode=True for all but that one.",
+                "inference_mode",
+            )
         biased = [n for n, c in {**self.peft_config, name: config}.items() if getattr(c, "bias", "none") != "none"]
         if name in biased and len(biased) > 1:
             raise ConfigError(
@@ -119,18 +153,27 @@ class Tuner(nn.Module):
         self.check_known([adapter_name])
         if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
             raise MergeError(f"Adapter {adapter_name} is merged; call unmerge_adapter before deleting it.")
-        for site in list(sites(self.model)):
-            wrapper = site.wrapper
-            if wrapper is not None:
-                wrapper.remove(adapter_name)
-                if not wrapper.adapters:
-                    setattr(site.parent, site.name, wrapper.base_layer)
+        self.take_off(adapter_name)
         del self.peft_config[adapter_name]
         self.state.active = [name for name in self.state.active if name != adapter_name]
         if not self.state.active and self.peft_config:
             first = next(iter(self.peft_config))
             warnings.warn(f"Adapter {adapter_name} was active and is deleted; {first} is active now.", stacklevel=2)
             self.set_adapter(first)
+
+    def take_off(self, adapter_name: str, paths: list[str] | None = None) -> None:
+        """Remove an adapter from the layers at these paths (default: all), and wrappers that hold no other adapter."""
+        chosen = [layer for path, layer in self.layers() if paths is None or path in paths]
+        for site in list(sites(self.model)):
+            wrapper = site.wrapper
+            if wrapper is not None and any(wrapper is layer for layer in chosen):
+                wrapper.remove(adapter_name)
+                if not wrapper.adapters:
+                    setattr(site.parent, site.name, wrapper.base_layer)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
+        """Add an adapter that combines others; see `combine.add_weighted_adapter`."""
+        combine.add_weighted_adapter(self, adapters, weights, adapter_name, **how)
 
     @property
     def active_adapters(self) -> list[str]:

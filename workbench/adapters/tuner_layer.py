@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import AdapterNameError, MergeError
+from workbench.errors import AdapterNameError, ConfigError, MergeError
 
 from . import base_ops
 from .adapter import Adapter
@@ -80,7 +81,7 @@ class TunerLayer(nn.Module):
         self.merged_adapters: list[str] = []
         self._state = state
         self._views: set[str] = set()
-        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._unmerged: dict[str, Tensor] = {}  # parameters as they were before the first merge, by name
         self._original: Tensor | None = None  # the canonical weight, while adapters hold a part of it
         self._split: set[str] = set()  # those adapters
 
@@ -176,24 +177,22 @@ class TunerLayer(nn.Module):
         acting = self._acting()
         if self.merged:
             acting = [adapter for adapter in acting if not adapter.mergeable]
-        base = self.base_layer
-        for i, adapter in enumerate(acting):
-            if adapter.replaces:
-                base, acting = adapter.replace, acting[i + 1 :]
-        if not acting:
-            return base(*args, **kwargs)
-        x, *rest = args
-        inputs = [x]
-        for adapter in reversed(acting):
-            inputs.append(adapter.pre(inputs[-1]))
-        y = base(inputs.pop(), *rest, **kwargs)
-        dtype = y.dtype
+        run: Callable[..., Any] = self.base_layer
         for adapter in acting:
-            y = adapter.post(inputs.pop(), y)
-        return y.to(dtype)
+            run = partial(adapter.around, run)
+        return run(*args, **kwargs)
 
-    def _forward_rows(self, rows: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_rows(self, rows: list[str], *args: Any, **kwargs: Any) -> Any:
         """Each row of the batch goes through its own adapter; the base runs once, over all of them."""
+        named = [self.adapter(name) for name in dict.fromkeys(rows) if name in self.adapters]
+        if not all(adapter.by_row for adapter in named):
+            raise ConfigError(
+                f"{type(named[0]).__name__} on a {type(self.base_layer).__name__} does not support mixed adapter "
+                "batches yet."
+            )
+        if not named:
+            return self.base_layer(*args, **kwargs)
+        x, *rest = args
         if self.merged:
             raise MergeError(
                 "Rows cannot have adapters of their own while adapters are merged; call unmerge_adapter first."
@@ -212,10 +211,10 @@ class TunerLayer(nn.Module):
             changed = self.adapter(name).pre(own)
             if changed is not own:
                 h = h.index_copy(0, index, changed)
-        y = self.base_layer(h, *args, **kwargs)
+        y = self.base_layer(h, *rest, **kwargs)
         for name, index in groups.items():
             adapter = self.adapter(name)
-            own = adapter.replace(x[index], *args, **kwargs) if adapter.replaces else adapter.post(x[index], y[index])
+            own = adapter.replace(x[index], *rest, **kwargs) if adapter.replaces else adapter.post(x[index], y[index])
             y = y.index_copy(0, index, own.to(y.dtype))
         return y
 
@@ -223,9 +222,13 @@ class TunerLayer(nn.Module):
 
     def own_weights(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias of the base layer, without the adapters that are merged into them."""
-        if self._unmerged is not None:
-            return self._unmerged
-        return base_ops.read_weight(self.base_layer), getattr(self.base_layer, "bias", None)
+        layer, before = self.base_layer, self._unmerged
+        weight = base_ops.canonical(layer, before.get("weight", layer.weight))
+        return weight, before.get("bias", getattr(layer, "bias", None))
+
+    def original_weight(self) -> Tensor:
+        """The canonical weight of the base layer before any adapter took a part of it."""
+        return self.own_weights()[0] if self._original is None else self._original
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weights. The weights before are kept, so that `unmerge` is exact to the bit.
@@ -239,20 +242,25 @@ class TunerLayer(nn.Module):
         names = [n for n in wanted if self.adapter(n).mergeable]
         if not names:
             return
-        weight, bias = base_ops.read_weight(self.base_layer).detach(), getattr(self.base_layer, "bias", None)
-        before = (weight.clone(), None if bias is None else bias.detach().clone())
+        changed: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in names:
-                weight, bias = self.adapter(name).merged(weight, bias)
-                if safe_merge and not all(t.isfinite().all() for t in (weight, bias) if t is not None):
+                changed |= self.adapter(name).merged_parameters(self.base_layer, changed)
+                if safe_merge and not all(tensor.isfinite().all() for tensor in changed.values()):
                     raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self._unmerged = self._unmerged or before
-        base_ops.write(self.base_layer, weight, bias)
+        before = {key: self.base_layer.get_parameter(key).detach().clone() for key in changed}
+        self._unmerged = before | self._unmerged
+        self._write(changed)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Restore the base weights from before the first merge."""
-        if self._unmerged is not None:
-            base_ops.write(self.base_layer, *self._unmerged)
-        self._unmerged = None
+        self._write(self._unmerged)
+        self._unmerged = {}
         self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        """Overwrite parameters of the base layer in place, so that a tied layer sees them too."""
+        for name, value in values.items():
+            self.base_layer.get_parameter(name).copy_(value)

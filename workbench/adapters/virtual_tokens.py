@@ -1,4 +1,4 @@
-"""Virtual tokens: what the prompt methods hold instead of adapters in layers, and how their configurations are sized."""
+"""Virtual tokens: what the prompt methods hold instead of adapters in layers, and their configurations' sizes."""
 
 from __future__ import annotations
 

@@ -30,19 +30,19 @@ def preflight(study: Study, base: Base, train: Split) -> None:
     source = read(study.path)
     source.file = str(study.path)
     for spec in study.methods.values():
-        check(source, spec, base, train)
+        check(source, spec, base, train, study.training.steps)
     if source.problems:
         raise StudyError(source.problems)
 
 
-def check(source: Source, spec: MethodSpec, base: Base, train: Split) -> None:
+def check(source: Source, spec: MethodSpec, base: Base, train: Split, steps: int) -> None:
     """Report what of one method's space does not fit."""
     tries = {key: list(ends(domain)) for key, domain in spec.adapter.items()}
     first = {key: values[0] for key, values in tries.items()}
     seen = set()
     others = [(key, first | {key: value}) for key, values in tries.items() for value in values[1:]]
     for key, fields in [(None, first), *others]:
-        for fault in faults(spec.method, fields, base, train):
+        for fault in faults(spec.method, fields, base, train, steps):
             culprit = fault.field if fault.field in tries else key
             if (culprit, str(fault)) not in seen:
                 seen.add((culprit, str(fault)))
@@ -62,7 +62,7 @@ def ends(domain: Domain) -> list[Any]:
             return [end for value in values for end in (ends(value) if isinstance(value, TokenRange) else [value])]
 
 
-def faults(method: str, fields: dict[str, Any], base: Base, train: Split) -> list[ConfigError]:
+def faults(method: str, fields: dict[str, Any], base: Base, train: Split, steps: int) -> list[ConfigError]:
     """Why a configuration cannot be put on the base; none if it can."""
     found = []
     for key, value in fields.items():
@@ -76,7 +76,7 @@ def faults(method: str, fields: dict[str, Any], base: Base, train: Split) -> lis
                 found.append(ConfigError(str(error), key))
             fields = fields | {key: ids}
     try:
-        modules = plan(base.model, peft_config(method, base.task, fields))
+        modules = plan(base.model, peft_config(method, base.task, fields, steps))
     except ConfigError as error:
         return [*found, error]
     return [*found, *unmatched(fields, base.model, modules)]

@@ -22,7 +22,7 @@ from workbench.adapters import PeftConfig, PeftModel, get_peft_model
 from workbench.adapters.checkpoint import base_slots, read_weights, write_weights
 from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, StorageError
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun, environment, open_tracking, public_url
-from workbench.training.base import Base, load_base, pick_device
+from workbench.training.base import Base, load_base, pick_device, quiet
 from workbench.training.data import RawData, TaskData, read_data, tokenize
 from workbench.training.loop import Result, train
 from workbench.training.memory import Meter, release
@@ -194,7 +194,7 @@ def open_parent(study: Study, stores: Stores, tracking: Tracking, shop: Workshop
     tracking.log_dataset(parent, study.name, study.data.path or study.data.train or "", raw.fingerprint)
     parent.summary(meter.metrics)
     if study.model.weights == "random":  # nobody could load an adapter without the weights that it was trained on
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, quiet():
             base.model.save_pretrained(folder)
             base.tokenizer.save_pretrained(folder)
             parent.artifacts(folder, "base")
@@ -358,7 +358,7 @@ class Workshop:
     def notes(self) -> list[str]:
         """What a reader of the results must know."""
         dropout = "on" if self.study.training.base_dropout else "off (evaluation mode)"
-        return [*self.raw.notes, f"the base model is frozen; its own dropout is {dropout}"]
+        return [*self.data(()).notes, f"the base model is frozen; its own dropout is {dropout}"]
 
     def data(self, new_tokens: tuple[str, ...], base: Base | None = None) -> TaskData:
         """The tokenised data, for the base's own vocabulary or one with new tokens."""
@@ -377,7 +377,7 @@ class Workshop:
                 key: resolve(value, base.tokenizer, data.train) if isinstance(value, Tokens) else value
                 for key, value in config.adapter.items()
             }
-            yield base, data, peft_config(config.method, base.task, fields)
+            yield base, data, peft_config(config.method, base.task, fields, self.study.training.steps)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from workbench.errors import ConfigError, StudyError
 from workbench.training.config import DataSection, ModelSection, Positive, Section, Task, TrainingSection
 from workbench.training.metrics import METRICS, Goal
 
+from .configure import peft_config
 from .domains import Candidate, Domain, Tokens, did_you_mean, parse, size
 from .fields import explain, fields
 from .source import Loc, Source, read
@@ -324,9 +325,11 @@ def _check_configs(
 ) -> None:
     """Build the method's configuration from every candidate, and from every combination where they are few."""
     blamed: set[Loc] = set()
+    steps = _section(source, "training").get("steps")
+    steps = steps if isinstance(steps, int) and steps > 0 else 1_000_000  # what is wrong with it is said elsewhere
 
     def works(trial: dict[str, Candidate], varied: Sequence[str] = ()) -> bool:
-        fault = _config_fault(method, task, {key: candidate.value for key, candidate in trial.items()})
+        fault = _config_fault(method, task, {key: candidate.value for key, candidate in trial.items()}, steps)
         if fault is None:
             return True
         key = fault.field if fault.field in trial else next(iter(varied), None)
@@ -366,13 +369,13 @@ def _drop_refused(
             del tries[culprit]
 
 
-def _config_fault(method: str, task: str | None, values: dict[str, Any]) -> ConfigError | None:
+def _config_fault(method: str, task: str | None, values: dict[str, Any], steps: int) -> ConfigError | None:
     """What the configuration class says to these values; token texts are not ids yet, so any id stands for them."""
     plain: dict[str, Any] = {
         key: list(value.ids or (0,)) if isinstance(value, Tokens) else value for key, value in values.items()
     }
     try:
-        METHODS[method].config(task_type=task, **plain)
+        peft_config(method, task, plain, steps)
     except ConfigError as error:
         return error
     except (TypeError, ValueError) as error:

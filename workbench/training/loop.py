@@ -122,6 +122,7 @@ def train(
                     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                     check_finite(step, settings, {"loss": loss.item(), "gradient": norm.item()})
                     optimizer.step()
+                    model.base_model.after_step(step)
                     schedule.step()
                     optimizer.zero_grad()
                     result.losses.append(loss.item())

@@ -83,7 +83,7 @@ def get_eva_state_dict(
         ConfigError: there is no configuration, no data, or a name in `prepare_layer_inputs_fn` that is no target.
     """
     adapted = hasattr(model, "peft_config")
-    config: Any = peft_config or (model.peft_config[adapter_name] if adapted else None)  # type: ignore[index,union-attr]
+    config: Any = peft_config or (model.peft_config[adapter_name] if adapted else None)  # type: ignore[index]
     if config is None:
         raise ConfigError("peft_config is required if model is not a PeftModel")
     batches = list(dataloader)
@@ -234,7 +234,7 @@ def _start_from(tuner: Any, directions: dict[str, Tensor], adapter_name: str) ->
         A = directions.get(f"base_model.model.{path}", directions.get(path))
         r = old.r if A is None else len(A)
         if r == 0:
-            tuner.take_off(path, adapter_name)
+            tuner.take_off(adapter_name, [path])
             continue
         kept.append(path)
         if A is None:

@@ -4,8 +4,9 @@ rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from ..adapter import DeltaAdapter
 from ..config import TargetConfig, check_ranks, pattern_value
 from . import lora_init
 from .lora_init import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from .lora_parameters import LoraParameters, on_attention
 
 KINDS = frozenset(
     {
@@ -28,6 +30,7 @@ KINDS = frozenset(
         base_ops.TIME_CONV,
         base_ops.CONV2D,
         base_ops.CONV3D,
+        base_ops.ATTENTION,
     }
 )
 
@@ -51,7 +54,7 @@ SUBCONFIGS: dict[str, type] = {
 }
 NOT_IMPLEMENTED = (
     *("megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora"),
-    *("arrow_config", "kasa_config", "layer_replication", "target_parameters", "ensure_weight_tying"),
+    *("arrow_config", "kasa_config", "layer_replication", "ensure_weight_tying"),
 )
 
 
@@ -123,6 +126,8 @@ class LoraConfig(TargetConfig):
             raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}.", "lora_dropout")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias must be none, all or lora_only, not {self.bias!r}.", "bias")
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", "use_dora")
         for name in NOT_IMPLEMENTED:
             if getattr(self, name):
                 raise ConfigError(f"{name} is not implemented; leave it at its default.", name)
@@ -178,6 +183,31 @@ class LoraConfig(TargetConfig):
                 stacklevel=3,
             )
 
+    def converted(self, trained: dict[str, Tensor], start: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoraConfig]:
+        """B A - B0 A0 = [B, -B0] [A; A0]: a plain adapter of twice the rank for the base weights as they were."""
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            raise ConfigError(
+                "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using "
+                "`rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`."
+            )
+        tensors = dict(trained)
+        for key, value in trained.items():
+            if re.search(r"\.lora_(embedding_)?A(\.weight)?$", key):
+                tensors[key] = torch.cat([value, start[key].to(value)], dim=0)
+            elif re.search(r"\.lora_(embedding_)?B(\.weight)?$", key):
+                tensors[key] = torch.cat([value, -start[key].to(value)], dim=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of options of the initialisation, which no longer matter
+            config = replace(
+                self,
+                init_lora_weights=True,
+                r=2 * self.r,
+                lora_alpha=self.lora_alpha * (2**0.5 if self.use_rslora else 2),  # type: ignore[arg-type]  # same scaling
+                rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+                alpha_pattern={key: 2 * alpha for key, alpha in self.alpha_pattern.items()},
+            )
+        return tensors, config
+
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         del values["runtime_config"]
@@ -216,16 +246,16 @@ class Lora(DeltaAdapter):
             warnings.warn(f"`lora_bias=True`, but {path} has no bias: merging will not be possible.", stacklevel=2)
         init = config.init_lora_weights
         self.lora_A, self.lora_B = base_ops.low_rank(layer, self.r, config.lora_bias)
-        if init == "gaussian":
-            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
-        elif init:
-            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        if init:
-            for parameter in self.lora_B.parameters():
-                nn.init.zeros_(parameter)
         start = self.start(layer, config)
         if start is not None:
             self.lora_A.weight, self.lora_B.weight = (nn.Parameter(t.contiguous()) for t in (start.A, start.B))
+        elif init:
+            if init == "gaussian":
+                nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+            for parameter in self.lora_B.parameters():
+                nn.init.zeros_(parameter)
 
     def start(self, layer: base_ops.Layer, config: LoraConfig) -> lora_init.Start | None:
         """What an initialisation that reads the base weight gives; None for others.
@@ -292,8 +322,8 @@ class LoraEmbedding(Lora):
         if config.init_lora_weights:
             nn.init.zeros_(self.lora_embedding_A)
             nn.init.normal_(self.lora_embedding_B)
-        if config.init_lora_weights in lora_init.ON_EMBEDDINGS:
-            start = self.start(layer, config)
+        start = self.start(layer, config) if config.init_lora_weights in lora_init.ON_EMBEDDINGS else None
+        if start is not None:
             self.lora_embedding_A, self.lora_embedding_B = (nn.Parameter(t.contiguous()) for t in (start.A, start.B))
         self.padding_idx = layer.padding_idx
         self.row_scale = base_ops.embedding_scale(layer)
@@ -309,9 +339,11 @@ class LoraEmbedding(Lora):
         return rows * self.scaling * self.row_scale
 
 
-def build(layer: base_ops.Layer, config: LoraConfig, path: str) -> Lora:
+def build(layer: base_ops.Layer, config: LoraConfig, path: str) -> Lora | LoraParameters:
     """The LoRA adapter for a layer of any kind, with what the configuration asks for."""
     from .dora import Dora, DoraEmbedding  # which build on the classes above
 
+    if isinstance(layer, nn.MultiheadAttention):
+        return on_attention(layer, config, path)
     plain, dora = (LoraEmbedding, DoraEmbedding) if isinstance(layer, nn.Embedding) else (Lora, Dora)
     return (dora if config.use_dora else plain)(layer, config, path)

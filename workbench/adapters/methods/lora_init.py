@@ -127,7 +127,7 @@ def olora(layer: base_ops.Layer, r: int, s: float, config: Any) -> Start:
 
 def mica(layer: base_ops.Layer, r: int, s: float, config: Any) -> Start:
     """B: the left singular vectors of the r smallest singular values, frozen; A: zero (MiCA, arXiv:2604.01694)."""
-    W = _weight(layer, r)
+    W = _weight(layer, r, "MiCA")
     U, _, _ = torch.linalg.svd(W, full_matrices=False)
     return Start(torch.zeros(r, W.shape[1], device=W.device), U[:, -r:])
 
@@ -187,6 +187,8 @@ def lora_ga(layer: base_ops.Layer, r: int, s: float, config: Any) -> Start | Non
     gradient = layer._peft_loraga_grad.float()
     gradient = gradient.T if base_ops.kind_of(layer) == base_ops.CONV1D else gradient
     U, S, V = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
+    for_A: Any
+    for_B: Any
     if options.direction == "random":
         for_A = for_B = torch.randperm(min(2 * r, len(S)), device="cpu")[:r]
     else:
@@ -225,13 +227,13 @@ ON_EMBEDDINGS = ("mica",)  # the others start embeddings as `init_lora_weights=T
 
 def known(name: Any) -> bool:
     """Whether this is a value of `init_lora_weights` with a name."""
-    return isinstance(name, str) and (name in (*PLAIN, *INITIALISATIONS) or _iterations(name) is not None)
+    return isinstance(name, str) and (name.lower() in (*PLAIN, *INITIALISATIONS) or _iterations(name) is not None)
 
 
 def named(name: str) -> Initialisation:
     """The initialisation of this name; "pissa_niter_N" is PiSSA with N iterations."""
     niter = _iterations(name)
-    return INITIALISATIONS[name] if niter is None else partial(pissa, niter=niter)
+    return INITIALISATIONS[name.lower()] if niter is None else partial(pissa, niter=niter)
 
 
 def _iterations(name: str) -> int | None:
@@ -266,7 +268,7 @@ def _split(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, s: float) -> Start:
     return Start(A, B, W - s * B @ A)
 
 
-def _weight(layer: base_ops.Layer, r: int) -> Tensor:
+def _weight(layer: base_ops.Layer, r: int, title: str = "This init_lora_weights") -> Tensor:
     """The canonical weight in float32.
 
     Raises:
@@ -274,7 +276,10 @@ def _weight(layer: base_ops.Layer, r: int) -> Tensor:
     """
     W = base_ops.read_weight(layer).detach()
     if W.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"This init_lora_weights needs a floating-point base layer, not {W.dtype}.")
+        raise ConfigError(f"{title} requires a floating-point base layer, not {W.dtype}.")
     if r > min(W.shape):
-        raise ConfigError(f"This init_lora_weights needs r <= {min(W.shape)} on a layer of {tuple(W.shape)}.", "r")
+        raise ConfigError(
+            f"{title} requires `r` <= min(in_features, out_features), not r={r} for a weight {tuple(W.shape)}.",
+            "r",
+        )
     return W.float()

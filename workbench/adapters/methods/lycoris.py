@@ -88,8 +88,8 @@ class Lycoris(DeltaAdapter):
 
     def product(self, number: int) -> Tensor:
         """The matrix `(out, in * kernel)` of these factors."""
-        names = (f"w{number}_a", f"w{number}_b", f"t{number}")
-        a, b, core = (getattr(self, f"{self.letters}_{name}", None) for name in names)
+        a, b = (getattr(self, f"{self.letters}_w{number}_{side}") for side in "ab")
+        core = getattr(self, f"{self.letters}_t{number}", None)
         return a @ b if core is None else torch.einsum("ij...,ip,jr->pr...", core, a, b).flatten(1)
 
     def reset(self, *zero: str) -> None:

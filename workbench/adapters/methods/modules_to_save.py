@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,9 @@ class ModulesToSave(Adapter):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.modules_to_save = copy.deepcopy(module)
+
+    def around(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.replace(*args, **kwargs)
 
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         return self.modules_to_save(*args, **kwargs)

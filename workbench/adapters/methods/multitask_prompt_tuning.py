@@ -44,7 +44,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         prompt_tuning_init_state_dict_path: the source adapter's .safetensors file.
         prompt_tuning_init_task: the source task for EXACT_SOURCE_TASK.
         num_ranks: rank of a task's matrix.
-        num_tasks: number of tasks; `task_ids` in a batch count from 0.
+        num_tasks: number of tasks; `task_ids` in a batch count from 0, and may be left out for a single task.
     """
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
@@ -99,6 +99,8 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
     def prompt(self, task_ids: Tensor | None = None) -> Tensor:
         if task_ids is None:
-            raise AdapterError("task_ids cannot be None: multitask prompt tuning needs the task of every row.")
+            if len(self.prefix_task_cols) > 1:
+                raise AdapterError("task_ids cannot be None: multitask prompt tuning needs the task of every row.")
+            task_ids = torch.zeros(1, dtype=torch.long)
         task_ids = task_ids.to(self.embedding.weight.device)
         return super().prompt() * (self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class PromptEncoder(VirtualTokens):
         else:
             sizes = [width, hidden, hidden, width]
         layers: list[nn.Module] = []
-        for inner, out in zip(sizes, sizes[1:], strict=False):
+        for inner, out in pairwise(sizes):
             layers += [nn.Linear(inner, out), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
 
