@@ -126,10 +126,10 @@ def methods(
     from workbench.sweep.fields import fields
 
     if name is None:
-        table = Table("method", "name in files", "adapts", "fields")
+        table = Table("method", "what it is", "name in files", "adapts", caption="workbench methods NAME: its fields")
         for method in METHODS.values():
-            own = [field.name for field in fields(method.name).values() if not field.training]
-            table.add_row(method.name, method.config.peft_type, ", ".join(sorted(method.kinds)) or "the input", ", ".join(own))
+            kinds = ", ".join(sorted(method.kinds)) or "the input"
+            table.add_row(method.name, method.title, method.config.peft_type, kinds)
     elif name not in METHODS:
         hint = did_you_mean(name, METHODS) or f"known: {', '.join(METHODS)}"
         raise WorkbenchError(f"There is no method {name!r} ({hint}).")

@@ -211,7 +211,7 @@ def test_one_adapter_trains() -> None:
         ({"total_step": 10, "orth_reg_weight": -1}, "orth_reg_weight"),
         ({"total_step": 10, "beta1": 1.0}, "beta1"),
         ({"total_step": 10, "deltaT": 0}, "deltaT"),
-        ({"total_step": 10, "init_r": 0}, "r"),
+        ({"total_step": 10, "init_r": 0}, "init_r"),
         ({"total_step": 10, "use_dora": True}, "use_dora"),
     ],
 )

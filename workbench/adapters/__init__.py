@@ -7,9 +7,9 @@ from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from .config import PeftConfig, TaskType
 from .convert import convert_to_lora, save_as_lora
 from .methods.adalora import AdaLoraConfig
+from .methods.adaption_prompt import AdaptionPromptConfig
 from .methods.corda import preprocess_corda
 from .methods.eva import get_eva_state_dict, initialize_lora_eva_weights
-from .methods.adaption_prompt import AdaptionPromptConfig
 from .methods.ia3 import IA3Config
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig

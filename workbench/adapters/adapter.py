@@ -25,14 +25,6 @@ class Part(nn.Module):
     prefix: str = ""
     upcast: ClassVar[bool] = True
 
-    def merged_parameters(self, layer: base_ops.Layer, changed: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The layer's parameters with the adapter in them, by name; `changed`: those that others changed before."""
-        weight = base_ops.canonical(layer, changed.get("weight", layer.weight).detach())
-        bias = changed.get("bias", getattr(layer, "bias", None))
-        weight, bias = self.merged(weight, None if bias is None else bias.detach())
-        merged = {"weight": base_ops.canonical(layer, weight)}
-        return merged if bias is None else merged | {"bias": bias}
-
     def slots(self) -> dict[str, Slot]:
         """Where each tensor of a checkpoint lives, by its name in the checkpoint without the module's path."""
         split = {name: name.rpartition(".") for name in self.state_dict()}
@@ -99,6 +91,14 @@ class Adapter(Part):
             MergeError: the rule cannot be written as weights.
         """
         raise MergeError(f"{type(self).__name__} cannot be merged into the base weights.")
+
+    def merged_parameters(self, layer: base_ops.Layer, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's parameters with the adapter in them, by name; `changed`: those that others changed before."""
+        weight = base_ops.canonical(layer, changed.get("weight", layer.weight).detach())
+        bias = changed.get("bias", getattr(layer, "bias", None))
+        weight, bias = self.merged(weight, None if bias is None else bias.detach())
+        merged = {"weight": base_ops.canonical(layer, weight)}
+        return merged if bias is None else merged | {"bias": bias}
 
 
 class DeltaAdapter(Adapter):

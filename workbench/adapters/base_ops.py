@@ -19,7 +19,7 @@ Layer: TypeAlias = Any  # a module of one of the kinds below; nn.Module says not
 
 LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
 ATTENTION = "MultiheadAttention"  # has several weights and none that is called so
-# attention with its projections inside, as a decoder's blocks call it; by class name, as importing the models takes long
+# attention with its projections inside, as a decoder's blocks call it; by name, as importing the models takes long
 DECODER_ATTENTION = frozenset({"LlamaAttention", "MistralAttention", "GPT2Attention"})
 TIME_CONV, CONV2D, CONV3D = "Conv1d", "Conv2d", "Conv3d"  # nn.Conv1d is a convolution, Conv1D a linear layer
 

@@ -104,11 +104,11 @@ def get_peft_model_state_dict(
     tensors: dict[str, Tensor] = {}
     for start, part in tuner.parts(adapter_name):
         tensors |= {start + name: tensor for name, tensor in part.saved().items()}
-    tensors |= {tuner.prefix + path: bias.data for path, bias in tuner.trained_biases(adapter_name).items()}
+    tensors |= {tuner.key_prefix + path: bias.data for path, bias in tuner.trained_biases(adapter_name).items()}
     if save_embedding_layers == "auto":
         save_embedding_layers = _embeddings_changed(tuner, adapter_name)
     if save_embedding_layers:
-        tensors |= {tuner.prefix + name: tensor for name, tensor in _embedding_tensors(tuner, adapter_name).items()}
+        tensors |= {tuner.key_prefix + name: tensor for name, tensor in _embedding_tensors(tuner, adapter_name).items()}
     if state_dict is not None:
         tensors = {key: state_dict.get(key, tensor) for key, tensor in tensors.items()}
     return tensors
@@ -190,7 +190,7 @@ def match_slots(
             if start + name in tensors:
                 values[start + name] = part.restored(name, tensors[start + name])
         tied |= {start + name for name in part.saved()}
-    known = {tuner.prefix + name: slot for name, slot in base_slots(tuner.model).items()} | own
+    known = {tuner.key_prefix + name: slot for name, slot in base_slots(tuner.model).items()} | own
     places = {key: known[key] for key in tensors if key in known}
     for key, (owner, leaf) in places.items():
         here, there = tuple(getattr(owner, leaf).shape), tuple(values[key].shape)

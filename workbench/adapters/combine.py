@@ -40,8 +40,8 @@ def add_weighted_adapter(
         weights: a factor for each; negative ones subtract.
         adapter_name: name of the new adapter, which is neither active nor trained.
         combination_type: linear (sums of A and of B, ranks equal), cat (exact; the ranks add up), svd (the summed
-            update, cut to `svd_rank`), and ties (Yadav et al. 2023, arXiv:2306.01708), dare_linear, dare_ties (Yu et al. 2023,
-            arXiv:2311.03099) and magnitude_prune, each on A and B or, with `_svd`, on the update.
+            update, cut to `svd_rank`), and ties (Yadav et al. 2023, arXiv:2306.01708), dare_linear, dare_ties (Yu et
+            al. 2023, arXiv:2311.03099) and magnitude_prune, each on A and B or, with `_svd`, on the update.
         svd_rank: rank of the new adapter for the svd kinds; default: the largest rank combined.
         svd_clamp: quantile to which the svd's factors are clamped.
         svd_full_matrices: passed to `torch.linalg.svd`.

@@ -100,7 +100,7 @@ def convert_to_lora(
     for path, layer in tqdm(list(tuner.layers()), desc="Converting to LoRA", disable=not progressbar):
         if adapter_name not in layer.adapters:
             continue
-        adapter, prefix = layer.adapter(adapter_name), f"{tuner.prefix}{path}."
+        adapter, prefix = layer.adapter(adapter_name), f"{tuner.key_prefix}{path}."
         if adapter.replaces:
             tensors |= {prefix + name: tensor for name, tensor in adapter.saved().items()}
             continue

@@ -19,7 +19,7 @@ from workbench.errors import ConfigError, TargetError
 
 from . import base_ops
 from .adapter import Adapter
-from .config import PeftConfig, TaskType, name_set
+from .config import PeftConfig, TaskType, name_set, pattern_value
 from .methods.modules_to_save import ModulesToSave
 from .methods.trainable_tokens import TiedTokens, TrainableTokens, TrainableTokensConfig, check_indices
 from .registry import Method, by_peft_type
@@ -332,13 +332,82 @@ def build(model: nn.Module, config: PeftConfig, low_cpu_mem_usage: bool = False)
                 adapter = TrainableTokens(site.module, TrainableTokensConfig(token_indices=indices), site.path)
                 adapter.prefix = "token_adapter."
             made.append((site, adapter))
+    check_patterns(config, [site.path for site, _ in made])
     for site, adapter in list(made):
         if isinstance(adapter, TrainableTokens) and isinstance(site.module, nn.Embedding):
             tied = [
                 s for s in tied_layers(model, site.module) if not any(s.module is other.module for other, _ in made)
             ]
             made += [(s, TiedTokens(adapter, s.module)) for s in tied]
-    return made
+    with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+        return tie(model, config, made)
+
+
+def check_patterns(config: Any, paths: list[str]) -> None:
+    """Warn of `rank_pattern` and `alpha_pattern` keys that name nothing that is adapted."""
+    names = paths + [
+        f"{path}.{name.rpartition('.')[2]}"
+        for path in paths
+        for name in getattr(config, "target_parameters", None) or ()
+    ]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field, None) or {}
+        unmatched = [key for key in patterns if all(pattern_value({key: True}, name, None) is None for name in names)]
+        if unmatched:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {sorted(unmatched)}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def tie(model: nn.Module, config: Any, made: list[tuple[Site, Adapter]]) -> list[tuple[Site, Adapter]]:
+    """Let the layers that share the input embedding's weight share its adapter, or its trained copy, where one of them
+    has one and `ensure_weight_tying` asks for it."""
+    method, asked = by_peft_type(config.peft_type), getattr(config, "ensure_weight_tying", None)
+    group = tied_group(model)
+    mine = {id(s.module): (s, a) for s, a in made if any(s.module is member.module for member in group)}
+    adapters = [adapter for _, adapter in mine.values()]
+    if any(isinstance(adapter, (TrainableTokens, TiedTokens)) for adapter in adapters):
+        return made
+    if not asked:
+        if mine:
+            reason = (
+                "no implementation exists to tie the adapters"
+                if asked is None
+                else "`ensure_weight_tying` is not set to True"
+            )
+            paths = ", ".join(site.path for site, _ in mine.values())
+            warnings.warn(f"{paths} shares its weight with other layers, but {reason}: they part ways.", stacklevel=2)
+        return made
+    if not mine:
+        where = "added in either `modules_to_save` or `target_modules`" if group else "were found in the model"
+        kind = "no tied modules are" if group else "no tied modules"
+        warnings.warn(f"You have requested `ensure_weight_tying`, but {kind} {where}.", stacklevel=2)
+        return made
+    first, *others = group
+    source: Any = mine[id(first.module)][1] if id(first.module) in mine else None
+    tied: list[tuple[Site, Adapter]] = []
+    if any(isinstance(adapter, ModulesToSave) for adapter in adapters):
+        source = source or ModulesToSave(first.module)
+        for site in others:
+            copied = ModulesToSave(site.module)
+            copied.modules_to_save.weight = source.modules_to_save.weight
+            tied.append((site, copied))
+    else:
+        source = source or cast(Any, method.adapter)(first.module, config, first.path)
+        tied = [(site, cast(Any, method.tied)(source, site.module)) for site in others]
+    return [*(pair for pair in made if id(pair[0].module) not in mine), (first, source), *tied]
+
+
+def tied_group(model: nn.Module) -> list[Site]:
+    """The input embedding and the layers that share its weight; none where there are no others."""
+    try:
+        embedding = input_embedding(model)
+    except TargetError:
+        return []
+    tied = unique(tied_layers(model, embedding.module))
+    return [embedding, *tied] if tied else []
 
 
 def inject(model: nn.Module, state: AdapterState, name: str, made: list[tuple[Site, Adapter]]) -> None:

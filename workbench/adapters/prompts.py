@@ -53,7 +53,7 @@ class PromptTuner(Tuner):
     """Holds the base model (`model`) and each adapter's virtual tokens (`prompt_encoder`); one adapter acts at a
     time."""
 
-    prefix: ClassVar[str] = "base_model."
+    key_prefix: ClassVar[str] = "base_model."
 
     prompt_encoder: nn.ModuleDict
 

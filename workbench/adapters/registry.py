@@ -43,6 +43,8 @@ class Method:
         kinds: the layer kinds (`base_ops`) it can adapt; none for a prompt method.
         parameters: makes the adapter on a module's own parameters (`target_parameters`) from the module, their names,
             the configuration and the module's path.
+        tied: makes the adapter of a layer that shares its weight with an adapted embedding (`ensure_weight_tying`) from
+            the embedding's adapter and the layer.
         targets: default `target_modules` by the base model's `model_type`.
         encoder: makes a prompt method's virtual tokens from the configuration and the base model's input embedding.
         penalty: what an adapter adds to the model's loss, if anything, from the tuner and the adapter's name.
@@ -58,6 +60,7 @@ class Method:
     kinds: frozenset[str] = frozenset()
     targets: dict[str, list[str] | str] = field(default_factory=dict)
     parameters: Callable[[Any, list[str], Any, str], Adapter] | None = None
+    tied: Callable[[Any, base_ops.Layer], Adapter] | None = None
     encoder: Callable[[Any, Any], VirtualTokens] | None = None
     penalty: Callable[[Any, str], Tensor | None] | None = None
     after_step: Callable[[Any, str, int], None] | None = None
@@ -75,6 +78,7 @@ METHODS: dict[str, Method] = {
             lora.KINDS,
             defaults.LORA_TARGETS,
             parameters=lora_parameters.on_parameters,
+            tied=lora.TiedLora,
         ),
         Method(
             "adalora",

@@ -25,10 +25,10 @@ class Tuner(nn.Module):
     """Holds the base model (`model`), the adapters' configurations and the one state its layers share.
 
     Attributes:
-        prefix: what stands before a base model's path in a checkpoint key.
+        key_prefix: what stands before a base model's path in a checkpoint key.
     """
 
-    prefix: ClassVar[str] = "base_model.model."
+    key_prefix: ClassVar[str] = "base_model.model."
 
     def __init__(
         self, model: nn.Module, config: PeftConfig, name: str, low_cpu_mem_usage: bool = False, autocast: bool = True
@@ -88,7 +88,7 @@ class Tuner(nn.Module):
         """All that an adapter holds, place by place, each with what its keys in a checkpoint start with."""
         for path, layer in self.layers():
             if adapter_name in layer.adapters:
-                yield f"{self.prefix}{path}.", layer.adapter(adapter_name)
+                yield f"{self.key_prefix}{path}.", layer.adapter(adapter_name)
 
     # ---------------------------------------------------------------- adapters
 
@@ -103,6 +103,13 @@ class Tuner(nn.Module):
         self.check_new(name, config)
         first = not self.peft_config
         made = build(self.model, config, low_cpu_mem_usage)
+        splits = any(adapter.base_weight is not None for _, adapter in made)
+        if not first and (splits or any(layer.holds_part for _, layer in self.layers())):
+            warnings.warn(
+                "An adapter that changes the base weights of the model (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) should not be "
+                "used with other adapters: each is made for other base weights.",
+                stacklevel=2,
+            )
         inject(self.model, self.state, name, made)
         self.peft_config[name] = config
         if autocast:

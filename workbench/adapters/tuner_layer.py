@@ -115,6 +115,11 @@ class TunerLayer(nn.Module):
             if not self._split:
                 self.restore()
 
+    @property
+    def holds_part(self) -> bool:
+        """Whether an adapter of this layer has taken a part of the base weight into itself."""
+        return bool(self._split)
+
     def restore(self) -> None:
         """Give the base layer back the weight that an adapter took a part of, to the bit."""
         if self._original is not None:

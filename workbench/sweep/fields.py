@@ -145,6 +145,7 @@ def _documented(config: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for cls in reversed(config.__mro__):
         _, _, args = inspect.cleandoc(cls.__dict__.get("__doc__") or "").partition("Args:\n")
-        entries = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", args, re.MULTILINE)
-        found |= {name: re.sub(r"\s+", " ", text) for name, text in entries}
+        # one entry may describe several fields: "a, b: text"
+        entries = re.findall(r"^    (\w+(?:,\s+\w+)*): (.+(?:\n {5,}.+)*)", args, re.MULTILINE)
+        found |= {name: re.sub(r"\s+", " ", text) for names, text in entries for name in re.split(r",\s+", names)}
     return found

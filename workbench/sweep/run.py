@@ -429,7 +429,7 @@ def save_adapter(model: PeftModel, fresh: Iterable[str], folder: Path) -> None:
         fresh: names of those weights in the base model.
     """
     model.save_pretrained(folder, save_embedding_layers=False)
-    wrapped, prefix = {path for path, _ in model.base_model.layers()}, model.base_model.prefix
+    wrapped, prefix = {path for path, _ in model.base_model.layers()}, model.base_model.key_prefix
     tensors = read_weights(folder)
     own = base_slots(model.get_base_model())
     for name in fresh:

@@ -17,7 +17,6 @@ from workbench.errors import ConfigError
 
 from .. import base_ops
 from ..adapter import DeltaAdapter, Slot
-from ..config import check_ranks
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -72,17 +71,15 @@ class AdaLoraConfig(LoraConfig):
         kept, self.rank_pattern = self.rank_pattern, {}  # LoRA's holds ranks
         super().__post_init__()
         self.rank_pattern = kept
-        check_ranks(self.init_r, {})
+        if isinstance(self.init_r, bool) or not isinstance(self.init_r, int) or self.init_r < 1:
+            raise ConfigError(f"init_r must be a whole number from 1, not {self.init_r!r}.", "init_r")
         defaults = {f.name: f.default for f in fields(self)}
         for name in WITHOUT_EFFECT:
             if getattr(self, name) and getattr(self, name) != defaults[name]:
                 hint = " If you intended to set the initial rank, use `init_r` instead." if name == "r" else ""
                 warnings.warn(f"Note that `{name}` is not used in AdaLora and will be ignored.{hint}", stacklevel=3)
         if self.total_step is None or self.total_step <= 0:
-            raise ConfigError(
-                "AdaLoRA does not work when `total_step` is None, supply a value > 0.",
-                "total_step",
-            )
+            raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.", "total_step")
         if self.orth_reg_weight < 0:
             raise ConfigError(
                 f"`orth_reg_weight` should be greater than or equal to 0, but the value passed is "
@@ -200,7 +197,7 @@ class AdaLora(DeltaAdapter):
 
     def penalty(self) -> Tensor:
         """How far rows of A and columns of B are from orthonormal: the mean Frobenius norm of A Aᵀ - I and Bᵀ B - I
-        (eq. 4)."""
+        (eq. 4, where it is squared)."""
         identity = torch.eye(self.r, dtype=self.lora_A.dtype, device=self.lora_A.device)
         grams = (self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B)
         return torch.stack([torch.linalg.matrix_norm(gram - identity) for gram in grams]).mean()
@@ -242,7 +239,8 @@ def trained(tuner: Tuner, name: str) -> dict[str, AdaLora]:
 
 
 def penalty(tuner: Tuner, name: str) -> Tensor | None:
-    """What is added to the loss: `orth_reg_weight` times the layers' mean penalty."""
+    """What is added to the loss: `orth_reg_weight` times the layers' mean penalty. (peft leaves it out where the
+    configuration has no `task_type`.)"""
     config: Any = tuner.peft_config[name]
     each = [adapter.penalty() for adapter in trained(tuner, name).values()]
     return config.orth_reg_weight * torch.stack([p.to(each[0]) for p in each]).mean() if each else None

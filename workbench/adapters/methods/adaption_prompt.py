@@ -1,5 +1,5 @@
-"""Adaption prompt (LLaMA-Adapter): in the upper layers each token also attends to a few learned vectors, by as much as a
-gate says that starts at zero (Zhang et al. 2023, arXiv:2303.16199, section 3)."""
+"""Adaption prompt (LLaMA-Adapter): in the upper layers each token also attends to a few learned vectors, by as much as
+a gate says that starts at zero (Zhang et al. 2023, arXiv:2303.16199, section 3)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ class AdaptionPrompt(Adapter):
 
     def __init__(self, attention: base_ops.Layer, config: AdaptionPromptConfig, path: str):
         super().__init__()
-        self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, attention.config.hidden_size))
+        length, width = config.adapter_len or 0, attention.config.hidden_size  # `choose` has refused None
+        self.adaption_prompt = nn.Parameter(torch.randn(1, length, width))
         self.adaption_gate = nn.Parameter(torch.zeros(1))
         self._attention = [attention]  # in a list, so that it is not a part of the adapter
 

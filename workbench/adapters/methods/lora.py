@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from workbench.errors import ConfigError, MergeError, TargetError
 
 from .. import base_ops
-from ..adapter import DeltaAdapter
+from ..adapter import Adapter, DeltaAdapter
 from ..config import TargetConfig, check_ranks, pattern_value
 from . import lora_init
 from .lora_init import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
@@ -54,7 +55,7 @@ SUBCONFIGS: dict[str, type] = {
 }
 NOT_IMPLEMENTED = (
     *("megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora"),
-    *("arrow_config", "kasa_config", "layer_replication", "ensure_weight_tying"),
+    *("arrow_config", "kasa_config", "layer_replication"),
 )
 
 
@@ -79,9 +80,12 @@ class LoraConfig(TargetConfig):
         use_dora: learn magnitude and direction apart, see `dora`.
         runtime_config: how, not what, to compute; not saved.
         lora_bias: B has a bias.
+        target_parameters: names or suffixes of bare parameters to adapt, see `lora_parameters`.
+        ensure_weight_tying: let layers that share the input embedding's weight share its adapter, where one of them is
+            a target or in `modules_to_save`.
         megatron_config, megatron_core, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size,
-            monteclora_config, use_bdlora, arrow_config, kasa_config, layer_replication, target_parameters,
-            ensure_weight_tying: of peft, known so that its files can be read; refused when in use.
+            monteclora_config, use_bdlora, arrow_config, kasa_config, layer_replication: of peft, known so that its
+            files can be read; refused when in use.
 
     Raises:
         ConfigError: a value is refused, or an option is not implemented here.
@@ -337,6 +341,45 @@ class LoraEmbedding(Lora):
     def update(self, x: Tensor) -> Tensor:
         rows = F.embedding(x, self.lora_embedding_A.T, self.padding_idx) @ self.lora_embedding_B.T
         return rows * self.scaling * self.row_scale
+
+
+class TiedLora(Adapter):
+    """LoRA on a layer that shares its weight with an adapted embedding, such as the output layer: it has no factors of
+    its own but uses the embedding's, on a linear layer transposed, W' = W + s (B A)^T."""
+
+    views = Lora.views
+
+    def __init__(self, source: LoraEmbedding, layer: base_ops.Layer):
+        super().__init__()
+        if source.use_dora:
+            raise ConfigError("`ensure_weight_tying` does not work with DoRA.", "ensure_weight_tying")
+        self._source, self._layer = [source], [layer]  # in lists, so that parameters are counted and moved once
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in Lora.views:
+            return super().__getattr__(name)
+        source = self._source[0]
+        if name in ("lora_A", "lora_B") and not isinstance(self._layer[0], nn.Embedding):
+            up, down = source.factors()
+            return SimpleNamespace(weight=up.T if name == "lora_A" else down.T)
+        return getattr(source, name)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        source = self._source[0]
+        if isinstance(self._layer[0], nn.Embedding):
+            return source.post(x, y)
+        up, down = source.factors()
+        return y + x.to(up.dtype) @ up @ down * source.scaling
+
+    def merged_parameters(self, layer: base_ops.Layer, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}  # the weight is the embedding's, into which the update goes once
+
+    def saved(self) -> dict[str, Tensor]:
+        """The factors again, under this layer's name, as peft writes them."""
+        if isinstance(self._layer[0], nn.Embedding):
+            return self._source[0].saved()
+        up, down = self._source[0].factors()
+        return {"lora_A.weight": up.detach().T, "lora_B.weight": down.detach().T}
 
 
 def build(layer: base_ops.Layer, config: LoraConfig, path: str) -> Lora | LoraParameters:
