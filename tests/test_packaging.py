@@ -94,7 +94,7 @@ def run(clone: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str
 def installed(clone: Path) -> Path:
     """A clone whose environment is up to date; its programs print how they were called and exit with 7."""
     log = clone / "installs"
-    script(clone / ".venv/bin/python", f'[ "$2" = pytest ] && echo "pytest $3" && exit 7; echo "pip $*" >>"{log}"')
+    script(clone / ".venv/bin/python", f'[ "$2" = pytest ] && echo "pytest $5" && exit 7; echo "pip $*" >>"{log}"')
     script(clone / ".venv/bin/uv", f'echo "uv $*" >>"{log}"')
     script(clone / ".venv/bin/workbench", 'for word; do echo "<$word>"; done; exit 7')
     assert run(clone, "setup").returncode == 0

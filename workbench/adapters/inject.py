@@ -352,7 +352,9 @@ def check_patterns(config: Any, paths: list[str]) -> None:
     ]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
-        unmatched = [key for key in patterns if all(pattern_value({key: True}, name, None) is None for name in names)]
+        # AdaLoRA's patterns name tensors, and what is kept of each
+        keys = [key for key, value in patterns.items() if not isinstance(value, list)]
+        unmatched = [key for key in keys if all(pattern_value({key: True}, name, None) is None for name in names)]
         if unmatched:
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {sorted(unmatched)}.",

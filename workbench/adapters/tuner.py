@@ -106,8 +106,8 @@ class Tuner(nn.Module):
         splits = any(adapter.base_weight is not None for _, adapter in made)
         if not first and (splits or any(layer.holds_part for _, layer in self.layers())):
             warnings.warn(
-                "An adapter that changes the base weights of the model (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) should not be "
-                "used with other adapters: each is made for other base weights.",
+                "An adapter that changes the base weights of the model (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) should "
+                "not be used with other adapters: each is made for other base weights.",
                 stacklevel=2,
             )
         inject(self.model, self.state, name, made)

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, QMCSampler, RandomSampler, TPESampler
@@ -81,7 +82,7 @@ def sampler(study: Study, drawn: int = 0) -> BaseSampler:
     Args:
         drawn: trials that are there already; a study that is resumed must not draw its first values again.
     """
-    seed = study.search.seed + drawn
+    seed = int(np.random.SeedSequence([study.search.seed, drawn]).generate_state(1)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         match study.search.sampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -24,7 +25,7 @@ def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Tab
     for name in ("rank", "trial"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("method", no_wrap=True)
-    table.add_column("hyperparameters", overflow="fold")
+    table.add_column("hyperparameters", min_width=24)
     for name in (metric, "trainable", MEMORY.get(memory, "memory"), "seconds"):
         table.add_column(name, justify="right")
     table.add_column("outcome")
@@ -48,7 +49,7 @@ def there(value: object) -> bool:
     """Whether a cell holds anything: neither None, NaN, NA nor empty text."""
     import pandas as pd
 
-    return not pd.isna(value) and value != ""  # type: ignore[call-overload, no-any-return]
+    return not pd.isna(value) and value != ""  # type: ignore[call-overload]
 
 
 def brief(value: object) -> str:
@@ -58,4 +59,5 @@ def brief(value: object) -> str:
 
 def outcomes(trials: pd.DataFrame) -> str:
     """How the trials ended, counted."""
-    return ", ".join(f"{count} {outcome}" for outcome, count in trials["outcome"].value_counts().items())
+    counts = Counter(trials["outcome"])
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in sorted(counts, key=lambda o: (-counts[o], o)))

@@ -197,6 +197,7 @@ def load_config(model: ModelSection, labels: list[str] | None) -> PretrainedConf
         setattr(config, name, value)
     if model.task in CLASSIFICATION and labels is not None:
         config.id2label = dict(enumerate(labels))
+        config.problem_type = "single_label_classification"  # else transformers guesses it at the first loss
         config.label2id = {label: i for i, label in enumerate(labels)}
     return config
 
