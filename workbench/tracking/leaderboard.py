@@ -49,7 +49,7 @@ def there(value: object) -> bool:
     """Whether a cell holds anything: neither None, NaN, NA nor empty text."""
     import pandas as pd
 
-    return not pd.isna(value) and value != ""  # type: ignore[call-overload]
+    return not pd.isna(value) and value != ""
 
 
 def brief(value: object) -> str:
