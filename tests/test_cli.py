@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import jsonschema
 import pytest
 import torch
+from command import Done, workbench
 
-from workbench.cli import app, main
+from workbench.cli import app
 from workbench.tracking.runs import default_store, open_tracking
 
 ROOT = Path(__file__).parents[1]
@@ -45,27 +44,6 @@ methods:
 budget: {{trials: 3}}
 search: {{sampler: grid, pruner: none}}
 """
-
-
-@dataclass
-class Done:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-def workbench(*words: object) -> Done:
-    """Run the command in this process, not on a terminal."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            with mock.patch.object(sys, "argv", ["workbench", *map(str, words)]):
-                main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

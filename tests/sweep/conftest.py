@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import shutil
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import mlflow
 import optuna
 import pytest
 import torch
+from command import Done, workbench
 from mlflow.entities import Run
 from mlflow.store.entities import PagedList
 from transformers import BertConfig, BertModel
 
-from workbench.cli import main
 from workbench.tracking.runs import default_store, open_tracking
 
 ASSETS = Path(__file__).parents[2] / "studies" / "assets"
@@ -84,27 +80,6 @@ def empty_stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     open_tracking(*default_store(home))
     optuna.storages.RDBStorage(f"sqlite:///{home / 'optuna.db'}")
     return home
-
-
-@dataclass
-class Done:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-def workbench(*words: object) -> Done:
-    """Run the `workbench` command in this process, not on a terminal."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            with mock.patch.object(sys, "argv", ["workbench", *map(str, words)]):
-                main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @dataclass
