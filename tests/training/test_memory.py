@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ CPU = torch.device("cpu")
 
 
 def use(mib: int) -> None:
-    """Take memory, touch it, hold it for a while and give it back."""
-    block = bytearray(mib * 2**20)
-    time.sleep(5 * memory.SAMPLE_SECONDS)
-    block[0] = 1
+    """Take memory from the system (the allocator might hand out some that it kept), touch it, hold it, give it back."""
+    with mmap.mmap(-1, mib * 2**20) as block:
+        for page in range(0, len(block), mmap.PAGESIZE):
+            block[page] = 1
+        time.sleep(5 * memory.SAMPLE_SECONDS)
 
 
 @pytest.mark.parametrize("resettable", [True, False], ids=["kernel", "sampled"])
