@@ -65,6 +65,11 @@ class PeftConfig:
         self.peft_version = self.peft_version or PEFT_VERSION
 
     @property
+    def tuner_name(self) -> str:
+        """What peft calls the class that holds adapters of this kind, e.g. LoraModel."""
+        return type(self).__name__.removesuffix("Config") + "Model"
+
+    @property
     def is_prompt_learning(self) -> bool:
         """Whether the method adds virtual tokens instead of changing layers."""
         return False

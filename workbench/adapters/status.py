@@ -112,7 +112,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     half_merged = any(set(merged) & set(layer.available_adapters) - set(layer.merged_adapters) for layer in layers)
     return TunerModelStatus(
         base_model_type=type(base).__name__ if peft_model or isinstance(model, PreTrainedModel) else "other",
-        adapter_model_type=model_type(peft_model) if peft_model else "None",
+        adapter_model_type=next(iter(peft_model.peft_config.values())).tuner_name if peft_model else "None",
         peft_types={name: str(c.peft_type) for name, c in peft_model.peft_config.items()} if peft_model else {},
         trainable_params=trainable,
         total_params=total,
@@ -124,11 +124,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         available_adapters=sorted({name for layer in layers for name in layer.available_adapters}),
         devices=by_adapter(layers, "devices", lambda lists: sorted({device for types in lists for device in types})),
     )
-
-
-def model_type(model: PeftModel) -> str:
-    """The name that peft gives to its tuner class, e.g. LoraModel."""
-    return type(next(iter(model.peft_config.values()))).__name__.removesuffix("Config") + "Model"
 
 
 def agreed(values: Iterable[bool | Irregular]) -> bool | Irregular:

@@ -135,9 +135,8 @@ class Tuner(nn.Module):
             )
         rivals = {**self.peft_config, name: config}.values() if by_peft_type(config.peft_type).one_trains else ()
         if sum(not c.inference_mode for c in rivals) > 1:
-            title = type(config).__name__.removesuffix("Config")
             raise ConfigError(
-                f"{title}Model supports only 1 trainable adapter; set inference_mode=True for all but that one.",
+                f"{config.tuner_name} supports only 1 trainable adapter; set inference_mode=True for all but that one.",
                 "inference_mode",
             )
         biased = [n for n, c in {**self.peft_config, name: config}.items() if getattr(c, "bias", "none") != "none"]
