@@ -53,7 +53,7 @@ class Workplace:
                 on_eval=on_eval or (lambda step, metrics: None),
             )
         finally:
-            model.unload()
+            model.delete_adapter("default")
 
 
 def workplace(folder: Path, cache: Path, section: DataSection, task: str) -> Workplace:

@@ -48,22 +48,39 @@ class Adapter(Part):
 
     Attributes:
         views: names that users reach as `layer.<name>[adapter]`, e.g. `layer.lora_A["default"].weight`.
+        facts: names that users reach as `layer.<name>`, since they are the same for all adapters of a layer.
         replaces: the adapter computes the output itself (`replace`) and neither the base layer nor what lies below
             runs.
         mergeable: whether `merged` exists.
+        exclusive: only one such adapter may act on a layer at a time.
         by_row: whether each row of a batch can have an adapter of its own.
         base_weight: the canonical weight that is left to the base layer, for an adapter that takes a part of it into
             itself; None for others, and once the adapter is on a layer. The layer gets its own back afterwards.
         own_weights: gives the canonical weight and the bias of the layer itself, even while adapters are merged into
             it; there once the adapter is on a layer.
+        beside: gives all adapters of the layer by name; there once the adapter is on a layer.
     """
 
     views: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
+    exclusive: bool = False
     by_row: ClassVar[bool] = True
     base_weight: Tensor | None = None
     own_weights: Callable[[], tuple[Tensor, Tensor | None]]
+    beside: Callable[[], dict[str, Adapter]]
+
+    def kind(self, layer: nn.Module) -> str:
+        """What peft calls a layer with such an adapter, e.g. `loha.Linear`."""
+        return f"{type(self).__module__.rpartition('.')[2]}.{base_ops.name_of(layer)}"
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
+
+    def scaled(self) -> list[Any]:
+        """The parts that have a `scaling` of their own, by which their update is multiplied."""
+        return [self] if "scaling" in vars(self) else []
 
     def pre(self, x: Tensor) -> Tensor:
         """Map the layer's input."""

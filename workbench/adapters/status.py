@@ -85,10 +85,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def layer_status(name: str, layer: TunerLayer) -> TunerLayerStatus:
     """The status of one layer."""
     parameters = {adapter: list(module.parameters()) for adapter, module in layer.adapters.items()}
-    first = next((type(adapter).__module__.rpartition(".")[2] for adapter in layer.adapters.values()), "")
     return TunerLayerStatus(
         name=name,
-        module_type=f"{first}.{type(layer.get_base_layer()).__name__}",
+        module_type=layer.kind,
         enabled=not layer.disable_adapters,
         active_adapters=list(layer.active_adapters),
         merged_adapters=list(layer.merged_adapters),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +15,10 @@ from . import combine
 from .adapter import Part
 from .config import PeftConfig
 from .inject import build, inject, sites
+from .precision import HALF
 from .registry import Method, by_peft_type
+from .replication import replicated
 from .tuner_layer import BASE, AdapterState, TunerLayer
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Tuner(nn.Module):
@@ -36,6 +36,7 @@ class Tuner(nn.Module):
         super().__init__()
         self.peft_config: dict[str, PeftConfig] = {}
         self.state = AdapterState(active=[name])
+        self._paused: list[nn.Parameter] = []  # those that trained when the adapters were disabled
         self.model = model
         self.add(name, config, low_cpu_mem_usage, autocast)
 
@@ -63,6 +64,11 @@ class Tuner(nn.Module):
         """The method of an adapter."""
         return by_peft_type(self.peft_config[adapter_name].peft_type)
 
+    @property
+    def prefix(self) -> str:
+        """What the names of the first adapter's parameters start with."""
+        return self.method(next(iter(self.peft_config))).prefix
+
     def after_step(self, step: int) -> None:
         """Call after each optimiser step, counted from 1, before the gradients are cleared: some methods have work to
         do then."""
@@ -70,6 +76,19 @@ class Tuner(nn.Module):
             after_step = self.method(name).after_step
             if after_step:
                 after_step(self, name, step)
+
+    def regularisation(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
+        """What the methods of the named (default: the active) adapters want added to the loss in training, beyond what
+        `forward` adds; 0.0 if nothing."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.state.active
+        total: torch.Tensor | float = 0.0
+        for name in names:
+            extra = self.method(name).regularisation
+            term = extra(self, name) if extra else None
+            total = total if term is None else total + term
+        return total
+
+    _get_kasa_loss = _get_monteclora_loss = regularisation  # as peft's documentation calls it
 
     def update_and_allocate(self, global_step: int) -> None:
         """`after_step` under the name that it has in peft, for AdaLoRA."""
@@ -102,27 +121,33 @@ class Tuner(nn.Module):
         """
         self.check_new(name, config)
         first = not self.peft_config
-        made = build(self.model, config, low_cpu_mem_usage)
-        splits = any(adapter.base_weight is not None for _, adapter in made)
-        if not first and (splits or any(layer.holds_part for _, layer in self.layers())):
+        with replicated(self.model, getattr(config, "layer_replication", None) if first else None):
+            made = build(self.model, config, low_cpu_mem_usage)
+        changing = [c.changes_base for c in (*self.peft_config.values(), config) if c.changes_base]
+        if not first and changing:
             warnings.warn(
-                "An adapter that changes the base weights of the model (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) should "
-                "not be used with other adapters: each is made for other base weights.",
+                f"{changing[0]} changes the base weights of the model and should thus not be used with other adapters: "
+                "each is made for other base weights.",
                 stacklevel=2,
             )
         inject(self.model, self.state, name, made)
         self.peft_config[name] = config
         if autocast:
-            for _, adapter in made:
-                for tensor in adapter.parameters() if adapter.upcast else ():
-                    if tensor.dtype in HALF:
-                        tensor.data = tensor.data.float()
+            self.upcast(name)
         if first:
             adapted = {id(p) for _, adapter in made for p in adapter.parameters()}
             for p in self.model.parameters():
                 if id(p) not in adapted:
                     p.requires_grad_(False)
         self.set_requires_grad(name, name in self.state.active and not config.inference_mode)
+
+    def upcast(self, adapter_name: str) -> None:
+        """Turn an adapter's half-precision parameters and buffers into float32."""
+        adapters = [layer.adapter(adapter_name) for _, layer in self.layers() if adapter_name in layer.adapters]
+        for adapter in adapters:
+            for tensor in (*adapter.parameters(), *adapter.buffers()) if adapter.upcast else ():
+                if tensor.dtype in HALF:
+                    tensor.data = tensor.data.float()
 
     def check_new(self, name: str, config: PeftConfig) -> None:
         if not name or "." in name:
@@ -133,38 +158,47 @@ class Tuner(nn.Module):
             raise AdapterNameError(
                 f"There is an adapter {name!r} already; choose another name or delete that one first."
             )
-        rivals = {**self.peft_config, name: config}.values() if by_peft_type(config.peft_type).one_trains else ()
-        if sum(not c.inference_mode for c in rivals) > 1:
-            raise ConfigError(
-                f"{config.tuner_name} supports only 1 trainable adapter; set inference_mode=True for all but that one.",
-                "inference_mode",
-            )
+        config.check_beside(self.peft_config)
         biased = [n for n, c in {**self.peft_config, name: config}.items() if getattr(c, "bias", "none") != "none"]
         if name in biased and len(biased) > 1:
             raise ConfigError(
-                f"Adapters {biased} all train biases of the base model (bias != 'none'), but only one adapter may.",
+                f"{config.tuner_name} supports only 1 adapter with bias. When using multiple adapters, set bias to "
+                f"'none' for all adapters but one; {biased} train biases of the base model.",
                 "bias",
             )
 
     def check_known(self, names: list[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
-            raise AdapterNameError(f"Adapter {', '.join(unknown)} not found; there are {list(self.peft_config)}.")
+            raise AdapterNameError(
+                f"Adapter(s) {sorted(unknown)} not found, available adapters: {sorted(self.peft_config)}."
+            )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, and the wrappers of layers that no other adapter is on.
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove one adapter or several, and the wrappers of layers that no other adapter is on.
 
-        If it was the only active one, the first of the others takes over.
+        If none of the active ones is left, the first of the others takes over.
+
+        Raises:
+            AdapterNameError: one of them does not exist; none is removed then.
+            MergeError: one of them is merged; none is removed then.
         """
-        self.check_known([adapter_name])
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
-            raise MergeError(f"Adapter {adapter_name} is merged; call unmerge_adapter before deleting it.")
-        self.take_off(adapter_name)
-        del self.peft_config[adapter_name]
-        self.state.active = [name for name in self.state.active if name != adapter_name]
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterNameError(f"Adapter {name} does not exist; there are {list(self.peft_config)}.")
+        merged = {name for _, layer in self.layers() for name in layer.merged_adapters}.intersection(names)
+        if merged:
+            raise MergeError(
+                f"Cannot delete adapter(s) {sorted(merged)} while they are merged. Please unmerge them first."
+            )
+        for name in names:
+            self.take_off(name)
+            del self.peft_config[name]
+        self.state.active = [name for name in self.state.active if name not in names]
         if not self.state.active and self.peft_config:
             first = next(iter(self.peft_config))
-            warnings.warn(f"Adapter {adapter_name} was active and is deleted; {first} is active now.", stacklevel=2)
+            warnings.warn(f"No active adapter is left after {names} are deleted; {first} is active now.", stacklevel=2)
             self.set_adapter(first)
 
     def take_off(self, adapter_name: str, paths: list[str] | None = None) -> None:
@@ -189,6 +223,8 @@ class Tuner(nn.Module):
     def active_adapter(self) -> str | list[str]:
         return self.state.active[0] if len(self.state.active) == 1 else self.state.active
 
+    _active_adapter = active_adapter  # the name that peft's own code goes by
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that fold in this order, the active ones; only these train."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -196,17 +232,30 @@ class Tuner(nn.Module):
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
-        self.state.active = names
+        for path, layer in self.layers():
+            rivals = [name for name in names if name in layer.adapters and layer.adapter(name).exclusive]
+            if len(rivals) > 1:
+                kind = f"{type(layer.adapter(rivals[0])).__name__}Wrapper"
+                raise AdapterNameError(f"Only one adapter can be set at a time for {kind}; at {path} there are {rivals}.")
+        self.activate(names)
         for name in self.peft_config:
             self.set_requires_grad(name, name in names and not inference_mode)
 
-    def set_requires_grad(self, adapter_name: str, requires_grad: bool = True) -> None:
-        """Let an adapter's parameters train or not, with the biases its configuration names."""
+    def activate(self, names: list[str]) -> None:
+        """Let these adapters act, on layers that were set by themselves as well."""
+        self.state.active = names
+        self._paused = []
         for _, layer in self.layers():
-            if adapter_name in layer.adapters:
-                layer.adapters[adapter_name].requires_grad_(requires_grad)
-        for bias in self.trained_biases(adapter_name).values():
-            bias.requires_grad_(requires_grad)
+            layer.follow()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of one adapter or several train or not, with the biases their configurations name."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for _, layer in self.layers():
+                if name in layer.adapters:
+                    layer.adapters[name].requires_grad_(requires_grad)
+            for bias in self.trained_biases(name).values():
+                bias.requires_grad_(requires_grad)
 
     def trained_biases(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The base model's biases that an adapter trains (`bias`: "all", or "lora_only" for adapted layers), by
@@ -223,8 +272,13 @@ class Tuner(nn.Module):
                 found[f"{site.path}.base_layer.bias" if wrapper else f"{site.path}.bias"] = bias
         return found
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether the model's adapters act."""
+        return self.state.enabled
+
     def enable_adapter_layers(self) -> None:
-        self.state.enabled = True
+        self.enable(True)
 
     def disable_adapter_layers(self) -> None:
         """Let the base model answer alone; merged adapters are unmerged."""
@@ -236,7 +290,20 @@ class Tuner(nn.Module):
                     stacklevel=2,
                 )
         self.unmerge_adapter()
-        self.state.enabled = False
+        self.enable(False)
+
+    def enable(self, enabled: bool) -> None:
+        """Let the adapters act or not, on layers that were set by themselves as well. Those that do not act do not train
+        either."""
+        layers = [layer for _, layer in self.layers()]
+        if self.state.enabled and not enabled:
+            own = [p for layer in layers for p in layer.adapters.parameters()]
+            self._paused = [p for p in own if p.requires_grad]
+        for p in self._paused:
+            p.requires_grad_(enabled)
+        self.state.enabled = enabled
+        for layer in layers:
+            layer.follow()
 
     # ---------------------------------------------------------------- merging
 
@@ -248,6 +315,8 @@ class Tuner(nn.Module):
         """
         if adapter_names:
             self.check_known(adapter_names)
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise MergeError("Cannot merge LORA layers when base model layers are replicated: they share weights.")
         already = {n for _, layer in self.layers() for n in layer.merged_adapters}
         if already >= set(adapter_names or self.active_adapters):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import AdapterNameError, ConfigError, MergeError
+from workbench.errors import AdapterNameError, LayerKindError, MergeError
 
 from . import base_ops
-from .adapter import Adapter
+from .adapter import Adapter, DeltaAdapter
 
 BASE = "__base__"  # in `adapter_names`: this row goes through the base model alone
 
@@ -35,12 +35,38 @@ class AdapterState:
     task_ids: Tensor | None = None
 
 
-class AdapterView(MutableMapping[str, Any]):
-    """One attribute over all adapters of a layer, so that `layer.lora_A["default"]` and `layer.lora_A.default`
-    answer."""
+class AdapterView(MutableMapping[str, Any], nn.Module):
+    """One attribute over all adapters of a layer: `layer.lora_A["default"]` and `layer.lora_A.default`.
+
+    It is a module besides, so that parameters go by the names that they have in peft (`lora_A.default.weight`), though
+    the adapters hold them.
+    """
+
+    __hash__ = nn.Module.__hash__
 
     def __init__(self, adapters: nn.ModuleDict, attribute: str):
         self.__dict__.update(_adapters=adapters, _attribute=attribute)
+        nn.Module.__init__(self)
+
+    def _held(self, store: str) -> dict[str, Any]:
+        held = {name: getattr(adapter, store).get(self._attribute) for name, adapter in self._adapters.items()}
+        return {name: value for name, value in held.items() if value is not None}
+
+    # what the adapters hold, in the places where torch looks for it; its own constructor wants to set them
+    _parameters = property(lambda self: self._held("_parameters"), lambda self, _: None)  # type: ignore[assignment]
+    _buffers = property(lambda self: self._held("_buffers"), lambda self, _: None)  # type: ignore[assignment]
+    _modules = property(lambda self: self._held("_modules"), lambda self, _: None)  # type: ignore[assignment]
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is anything that has a name among the model's parameters or modules."""
+        return bool(self._parameters or self._buffers or self._modules)
+
+    @property
+    def path(self) -> str:
+        """The name in the layer, with what a checkpoint has before it."""
+        first = next((a for a in self._adapters.values() if hasattr(a, self._attribute)), None)
+        return getattr(first, "prefix", "") + self._attribute
 
     def __getitem__(self, name: str) -> Any:
         if name in self._adapters and hasattr(self._adapters[name], self._attribute):
@@ -51,7 +77,7 @@ class AdapterView(MutableMapping[str, Any]):
         setattr(self._adapters[name], self._attribute, value)
 
     def __delitem__(self, name: str) -> None:
-        raise TypeError("Use delete_adapter to remove an adapter.")
+        delattr(self._adapters[name], self._attribute)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, adapter in self._adapters.items() if hasattr(adapter, self._attribute))
@@ -65,12 +91,40 @@ class AdapterView(MutableMapping[str, Any]):
         except KeyError as error:
             raise AttributeError(name) from error
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._adapters:
+            self[name] = value
+        else:
+            object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._adapters:
+            del self[name]
+        else:
+            object.__delattr__(self, name)
+
     def __repr__(self) -> str:
         return f"{self._attribute}({dict(self)})"
 
 
+class Values(dict[str, Any]):
+    """Plain values of all adapters of a layer as they are now, such as `layer.scaling`; a value that is set goes to the
+    adapter too."""
+
+    def __init__(self, view: AdapterView):
+        super().__init__(view)
+        self._view = view
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._view[name] = value
+
+
 class TunerLayer(nn.Module):
-    """A base layer and its adapters, adapter-major: `adapters[name]` holds all that one adapter has on this layer."""
+    """A base layer and its adapters, adapter-major: `adapters[name]` holds all that one adapter has on this layer.
+
+    Modules, parameters and the state dict go by the names that they have in peft: `lora_A.default.weight`.
+    """
 
     base_layer: base_ops.Layer
 
@@ -80,22 +134,27 @@ class TunerLayer(nn.Module):
         self.adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._state = state
-        self._views: set[str] = set()
+        self._own_active: list[str] | None = None  # set on this layer alone
+        self._own_enabled: bool | None = None
+        self._views: dict[str, AdapterView] = {}
         self._unmerged: dict[str, Tensor] = {}  # parameters as they were before the first merge, by name
         self._original: Tensor | None = None  # the canonical weight, while adapters hold a part of it
         self._split: set[str] = set()  # those adapters
+        self.register_state_dict_post_hook(_to_peft_names)
+        self.register_load_state_dict_pre_hook(_from_peft_names)
 
     # ---------------------------------------------------------------- adapters
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Put an adapter on this layer, on the layer's device and in its dtype (float32 for half precision)."""
-        weight = next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
-        if weight is not None and not weight.is_meta:
-            device = None if any(p.is_meta for p in adapter.parameters()) else weight.device
-            adapter.to(device=device, dtype=weight.dtype)
-        self._views |= set(adapter.views)
+        weight = self._first_weight()
+        if weight is not None:
+            adapter.to(dtype=weight.dtype)
         self.adapters[name] = adapter
-        adapter.own_weights = self.own_weights
+        self.bring(name)
+        held = (*adapter.views, *adapter._modules, *adapter._parameters, *adapter._buffers)
+        self._views |= {view: AdapterView(self.adapters, view) for view in held if view not in self._views}
+        adapter.own_weights, adapter.beside = self.own_weights, self.named_adapters
         if adapter.base_weight is not None:
             if self._original is None:
                 self._original = base_ops.read_weight(self.base_layer).detach().clone()
@@ -103,9 +162,24 @@ class TunerLayer(nn.Module):
             adapter.base_weight = None
             self._split.add(name)
 
+    def bring(self, name: str) -> None:
+        """Move an adapter to the layer's device, unless either is on the meta device."""
+        weight = self._first_weight()
+        if weight is None or name not in self.adapters:
+            return
+        if not any(tensor.is_meta for tensor in (weight, *self.adapters[name].parameters())):
+            self.adapters[name].to(weight.device)
+
+    def _first_weight(self) -> Tensor | None:
+        return next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
+
     def adapter(self, name: str) -> Adapter:
         """One adapter of this layer."""
         return cast(Adapter, self.adapters[name])
+
+    def named_adapters(self) -> dict[str, Adapter]:
+        """All adapters of this layer, by name."""
+        return {name: self.adapter(name) for name in self.adapters}
 
     def remove(self, name: str) -> None:
         """Take an adapter off this layer."""
@@ -130,36 +204,75 @@ class TunerLayer(nn.Module):
             self.merge(adapter_names=merged) if merged else None
 
     @property
+    def kind(self) -> str:
+        """What peft calls this layer, by its first adapter, e.g. `lora.Linear`."""
+        first = next(iter(self.named_adapters().values()), None)
+        return type(self).__name__ if first is None else first.kind(self.base_layer)
+
+    def _get_name(self) -> str:  # torch's, for repr
+        return self.kind
+
+    @property
     def active_adapters(self) -> list[str]:
-        return self._state.active
+        """The adapters that act here, in the order in which they fold. Of those that can act only one at a time, those
+        on this layer; of others, the model's."""
+        active = self._state.active if self._own_active is None else self._own_active
+        if self.auxiliary and any(name in self.adapters for name in active):
+            return [name for name in active if name in self.adapters]
+        return active
 
     @property
     def active_adapter(self) -> list[str]:
-        return self._state.active
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
-        return not self._state.enabled
+        return not (self._state.enabled if self._own_enabled is None else self._own_enabled)
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether all adapters here only go along with those of other layers."""
+        return all(adapter.exclusive for adapter in self.adapters.values())
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Let other adapters act on this layer than on the rest of the model, until the model sets its own again."""
+        self._own_active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, adapter in self.adapters.items():
+            adapter.requires_grad_(name in self._own_active and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the adapters of this layer act or not, whatever the rest of the model does, until the model says so."""
+        self._own_enabled = enabled
+
+    def follow(self) -> None:
+        """Do as the rest of the model does."""
+        self._own_active = self._own_enabled = None
 
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
     @property
-    def weight(self) -> Tensor:
-        """The base weight."""
-        return self.base_layer.weight
-
-    @property
     def original_module(self) -> nn.Module:
         """The base layer, under peft's name for modules to save."""
         return self.base_layer
 
+    @property
+    def _adapters(self) -> set[str]:
+        """The adapters' names, under peft's name for modules to save."""
+        return set(self.adapters)
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapters)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
     def _acting(self) -> list[Adapter]:
-        return [self.adapter(name) for name in self._state.active if name in self.adapters]
+        return [self.adapter(name) for name in self.active_adapters if name in self.adapters]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -168,17 +281,77 @@ class TunerLayer(nn.Module):
             if name.startswith("__") or "_views" not in self.__dict__:
                 raise
         if name in self._views:
-            return AdapterView(self.adapters, name)
-        replacement = next((a.modules_to_save for a in self._acting() if a.replaces and self._state.enabled), None)
-        return getattr(replacement or self.base_layer, name)
+            view = self._views[name]
+            return view if view.holds else Values(view)
+        for adapter in self.named_adapters().values():
+            if name in adapter.facts:
+                return getattr(adapter, name)
+        if name == "token_adapter" and any(adapter.prefix == f"{name}." for adapter in self.adapters.values()):
+            return self
+        acting = [] if self.disable_adapters else self._acting()
+        return getattr(next((a.modules_to_save for a in acting if a.replaces), self.base_layer), name)
+
+    # ---------------------------------------------------------------- scaling
+
+    def scaled(self, adapter: str) -> list[Any]:
+        """The parts of an adapter that have a `scaling`, by which their update is multiplied."""
+        return self.adapter(adapter).scaled() if adapter in self.adapters else []
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply an adapter's own scaling by this, and by nothing that was set before."""
+        for part in self.scaled(adapter):
+            part.scaling = part.initial_scaling * scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for part in (part for name in self.active_adapters for part in self.scaled(name)):
+            part.scaling *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or give them their own back."""
+        for part in (part for name in self.active_adapters for part in self.scaled(name)):
+            part.scaling = part.initial_scaling if scale is None else part.scaling / scale
+
+    # ---------------------------------------------------------------- names
+
+    def renamed(self) -> dict[str, str]:
+        """What the names of this layer's parts start with, as they are held and as they are in peft."""
+        names = {
+            f"adapters.{name}.{attribute}": f"{view.path}.{name}"
+            for attribute, view in self._views.items()
+            for name in view
+        }
+        first = next(iter(self.adapters.values()), None)
+        if first is not None and self.auxiliary:
+            names["base_layer"] = "original_module" if first.replaces else f"{first.prefix}base_layer"
+        return names
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's, with the views in place of the adapters."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        start = f"{prefix}." if prefix else ""
+        base = self.renamed().get("base_layer", "base_layer")
+        yield from self.base_layer.named_modules(memo, start + base, remove_duplicate)
+        for view in self._views.values():
+            if view.holds:
+                yield from view.named_modules(memo, start + view.path, remove_duplicate)
 
     # ---------------------------------------------------------------- forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._state.enabled:
+        """The base layer's output and what acts on it. `adapter_names`: an adapter for each row, as in the model's."""
+        rows = kwargs.pop("adapter_names", self._state.rows)
+        if self.disable_adapters:
             return self.base_layer(*args, **kwargs)
-        if self._state.rows is not None:
-            return self._forward_rows(self._state.rows, *args, **kwargs)
+        if rows is not None:
+            return self._forward_rows(rows, *args, **kwargs)
         acting = self._acting()
         if self.merged:
             acting = [adapter for adapter in acting if not adapter.mergeable]
@@ -190,20 +363,24 @@ class TunerLayer(nn.Module):
     def _forward_rows(self, rows: list[str], *args: Any, **kwargs: Any) -> Any:
         """Each row of the batch goes through its own adapter; the base runs once, over all of them."""
         named = [self.adapter(name) for name in dict.fromkeys(rows) if name in self.adapters]
+        no_rows = LayerKindError(
+            f"{self.kind} does not support mixed adapter batches yet. Mixed batching is only supported for the "
+            "following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d."
+        )
         if not all(adapter.by_row for adapter in named):
-            raise ConfigError(
-                f"{type(named[0]).__name__} on a {type(self.base_layer).__name__} does not support mixed adapter "
-                "batches yet."
+            raise no_rows
+        x, *rest = args
+        if len(x) % len(rows):
+            raise AdapterNameError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(rows)} and {len(x)} respectively."
             )
         if not named:
             return self.base_layer(*args, **kwargs)
-        x, *rest = args
         if self.merged:
             raise MergeError(
-                "Rows cannot have adapters of their own while adapters are merged; call unmerge_adapter first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(x) % len(rows):
-            raise AdapterNameError(f"adapter_names has {len(rows)} names for a batch of {len(x)} rows.")
         rows = [name for name in rows for _ in range(len(x) // len(rows))]  # beams of one input are neighbours
         groups = {
             name: torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
@@ -217,6 +394,8 @@ class TunerLayer(nn.Module):
             if changed is not own:
                 h = h.index_copy(0, index, changed)
         y = self.base_layer(h, *rest, **kwargs)
+        if not isinstance(y, Tensor):
+            raise no_rows
         for name, index in groups.items():
             adapter = self.adapter(name)
             own = adapter.replace(x[index], *rest, **kwargs) if adapter.replaces else adapter.post(x[index], y[index])
@@ -235,6 +414,10 @@ class TunerLayer(nn.Module):
         """The canonical weight of the base layer before any adapter took a part of it."""
         return self.own_weights()[0] if self._original is None else self._original
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter of a method that adds a weight adds to that of the base layer, as the layer stores it."""
+        return base_ops.canonical(self.base_layer, cast(DeltaAdapter, self.adapter(adapter)).delta())
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weights. The weights before are kept, so that `unmerge` is exact to the bit.
 
@@ -242,7 +425,7 @@ class TunerLayer(nn.Module):
             MergeError: the rule has no weights, or `safe_merge` and the result is not finite.
         """
         wanted = [
-            n for n in adapter_names or self._state.active if n in self.adapters and n not in self.merged_adapters
+            n for n in adapter_names or self.active_adapters if n in self.adapters and n not in self.merged_adapters
         ]
         names = [n for n in wanted if self.adapter(n).mergeable]
         if not names:
@@ -269,3 +452,19 @@ class TunerLayer(nn.Module):
         """Overwrite parameters of the base layer in place, so that a tied layer sees them too."""
         for name, value in values.items():
             self.base_layer.get_parameter(name).copy_(value)
+
+
+def _to_peft_names(layer: TunerLayer, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    _rename(state_dict, prefix, layer.renamed())
+
+
+def _from_peft_names(layer: TunerLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename(state_dict, prefix, {theirs: ours for ours, theirs in layer.renamed().items()})
+
+
+def _rename(state_dict: dict[str, Any], prefix: str, starts: dict[str, str]) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        old = next((old for old in starts if name == old or name.startswith(f"{old}.")), None)
+        if old is not None:
+            state_dict[prefix + starts[old] + name.removeprefix(old)] = state_dict.pop(key)

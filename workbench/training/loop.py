@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import GenerationConfig, get_scheduler
 
 from workbench.adapters import PeftModel
-from workbench.adapters.adapter import Part
 from workbench.errors import Diverged, OutOfMemory
 
 from .base import Base
@@ -117,7 +116,7 @@ def train(
                 while step < stop:
                     step += 1
                     batch = to_device(collate(data.train, next(order)), base.device)
-                    loss = model(**batch).loss
+                    loss = model(**batch).loss + model.base_model.regularisation()
                     loss.backward()
                     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                     check_finite(step, settings, {"loss": loss.item(), "gradient": norm.item()})
@@ -140,9 +139,9 @@ def train(
 def training_mode(model: PeftModel, base_dropout: bool) -> None:
     """Adapters train, with their own dropout; the frozen base drops nothing out unless asked to."""
     model.train(base_dropout)
-    for module in model.modules():
-        if isinstance(module, Part):
-            module.train()
+    for name in model.peft_config:
+        for _, part in model.base_model.parts(name):
+            part.train()
 
 
 def check_finite(step: int, settings: TrainingSection, values: dict[str, float]) -> None:

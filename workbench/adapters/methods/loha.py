@@ -5,7 +5,6 @@ s = alpha / r."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +17,7 @@ from .lycoris import Lycoris, LycorisConfig
 class LoHaConfig(LycorisConfig):
     """Configuration of LoHa: the options of `LycorisConfig`."""
 
-    peft_type: ClassVar[str] = "LOHA"
+    peft_type: str | None = "LOHA"
 
     init_weights: bool = True
 
@@ -52,4 +51,4 @@ class LoHa(Lycoris):
             return super().update(x)
         down = (self.hada_w1_b[:, None] * self.hada_w2_b).flatten(0, 1)
         up = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
-        return F.linear(F.linear(x, down), up) * self.scaling
+        return F.linear(F.linear(x.to(down.dtype), down), up) * self.scaling

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class LoKrConfig(LycorisConfig):
         init_weights: true: W1 starts at zero; "lycoris": W2 does; false: all random.
     """
 
-    peft_type: ClassVar[str] = "LOKR"
+    peft_type: str | None = "LOKR"
 
     decompose_both: bool = False
     decompose_factor: int = -1
@@ -111,4 +111,5 @@ class LoKr(Lycoris):
         if len(self.shape) > 2:
             return super().update(x)
         w1, w2 = self.factors()
-        return (w1 @ (x.unflatten(-1, (-1, w2.shape[1])) @ w2.T)).flatten(-2) * self.scaling
+        x = x.to(w1.dtype).unflatten(-1, (-1, w2.shape[1]))
+        return (w1 @ (x @ w2.T)).flatten(-2) * self.scaling

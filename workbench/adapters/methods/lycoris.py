@@ -68,7 +68,7 @@ class Lycoris(DeltaAdapter):
         super().__init__()
         self.r = pattern_value(config.rank_pattern, path, config.r)
         self.alpha = pattern_value(config.alpha_pattern, path, config.alpha)
-        self.scaling = self.alpha / self.r
+        self.scaling = self.initial_scaling = self.alpha / self.r
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.shape = tuple(base_ops.read_weight(layer).shape)
         self.use_effective_conv2d = config.use_effective_conv2d
@@ -102,12 +102,13 @@ class Lycoris(DeltaAdapter):
 
     def update(self, x: Tensor) -> Tensor:
         """What is added to the layer's output."""
-        return base_ops.apply(self._layer[0], self.delta(), x)
+        delta = self.delta()
+        return base_ops.apply(self._layer[0], delta, x.to(delta.dtype))
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         if self.training and self.module_dropout and torch.rand(1) <= self.module_dropout:
             return y
-        update = self.update(x.to(next(self.parameters()).dtype))
+        update = self.update(x)
         if self.training and self.rank_dropout:
             kept = (torch.rand(self.shape[0], device=update.device) > self.rank_dropout).to(update.dtype)
             if self.rank_dropout_scale:

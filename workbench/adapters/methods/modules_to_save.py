@@ -16,6 +16,7 @@ class ModulesToSave(Adapter):
 
     views = ("modules_to_save",)
     replaces = True
+    exclusive = True
     mergeable = False
     upcast = False
 

@@ -32,7 +32,7 @@ class TrainableTokensConfig(PeftConfig):
             such field: it loads these modules from the file all the same, with a warning about the field.
     """
 
-    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    peft_type: str | None = "TRAINABLE_TOKENS"
     extension_fields: ClassVar[frozenset[str]] = frozenset({"modules_to_save"})
 
     token_indices: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ def check_indices(indices: list[int], field_name: str) -> None:
 class TrainableTokens(Adapter):
     """`trainable_tokens_delta` holds the new rows, `(tokens, dim)`, on an embedding or on a linear output layer."""
 
-    views = ("trainable_tokens_delta", "token_indices")
+    views = ("trainable_tokens_delta", "trainable_tokens_original", "token_indices")
 
     def __init__(self, layer: base_ops.Layer, config: TrainableTokensConfig, path: str):
         super().__init__()
@@ -83,6 +83,11 @@ class TrainableTokens(Adapter):
 
     indices: Tensor
     by_id: Tensor
+
+    @property
+    def trainable_tokens_original(self) -> Tensor:
+        """The base's rows, `(tokens, dim)`."""
+        return self._layer[0].weight[self.indices].detach()
 
     def rows(self, padding_idx: int | None) -> Tensor:
         """The trained rows; the padding row gets no gradient, as in `nn.Embedding`."""
@@ -129,6 +134,7 @@ class TiedTokens(Adapter):
     def __init__(self, source: TrainableTokens, layer: base_ops.Layer):
         super().__init__()
         self._source, self._layer = [source], [layer]  # in lists, so that parameters are counted and moved once
+        self.prefix, self.exclusive = source.prefix, source.exclusive
 
     @property
     def token_indices(self) -> list[int]:
@@ -137,6 +143,10 @@ class TiedTokens(Adapter):
     @property
     def trainable_tokens_delta(self) -> nn.Parameter:
         return self._source[0].trainable_tokens_delta
+
+    @property
+    def trainable_tokens_original(self) -> Tensor:
+        return self._source[0].trainable_tokens_original
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         return self._source[0].act_on(self._layer[0], x, y)
