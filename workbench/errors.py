@@ -7,10 +7,14 @@ WorkbenchError
 ├── ModelError               a base model or its tokenizer cannot be loaded
 ├── AdapterError             the adapter core refuses (also a ValueError, as users of peft expect)
 │   ├── ConfigError          a configuration field has a value that the method refuses
+│   │   └── ConfigTypeError  the value is of another type than the field (also a TypeError)
 │   ├── TargetError          no module of the base model matches, or it is of a kind the method cannot adapt
+│   │   └── LayerKindError   layers are of a kind that a function is not for (also a TypeError)
 │   ├── AdapterNameError     an adapter name is unknown, taken or malformed
-│   ├── MergeError           merging is impossible or would write non-finite weights
+│   ├── MergeError           merging is impossible or would write non-finite weights (also a NotImplementedError)
 │   └── CheckpointError      an adapter file is missing, damaged, unsafe or made for another base
+│       ├── MismatchError    its tensors have other places or shapes (also a RuntimeError, as torch raises)
+│       └── NotAnAdapterError  a file is no adapter configuration (also a TypeError)
 └── TrialError               one trial could not finish; the sweep goes on
     ├── Diverged             the loss became NaN or infinite
     └── OutOfMemory          the trial did not fit
@@ -74,20 +78,36 @@ class ConfigError(AdapterError):
         self.field = field
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """A configuration value of another type than the field is of."""
+
+
 class TargetError(ConfigError):
     """Nothing in the base model matches, or what matches cannot be adapted."""
+
+
+class LayerKindError(TargetError, TypeError):
+    """Layers, or what is on them, are of a kind that a function is not made for."""
 
 
 class AdapterNameError(AdapterError):
     """An adapter name is unknown, already taken or malformed."""
 
 
-class MergeError(AdapterError):
+class MergeError(AdapterError, NotImplementedError):
     """Adapters cannot be merged as asked."""
 
 
 class CheckpointError(AdapterError):
     """An adapter file is missing, damaged, unsafe or belongs to another base model."""
+
+
+class NotAnAdapterError(CheckpointError, TypeError):
+    """A file is no adapter configuration."""
+
+
+class MismatchError(CheckpointError, RuntimeError):
+    """Tensors of an adapter file have no place in the model, or another shape than the parameters they are for."""
 
 
 class TrialError(WorkbenchError):
@@ -100,3 +120,7 @@ class Diverged(TrialError):
 
 class OutOfMemory(TrialError):
     """A trial needs more memory than there is."""
+
+
+class PeftWarning(UserWarning):
+    """Of a configuration that the adapter core takes, though a part of it will not do what one may expect."""

@@ -307,8 +307,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[AdapterError], str]] = {
     "config-not-text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), CheckpointError, CONFIG),
     "no-method": (lambda folder: (folder / CONFIG).write_text("{}"), CheckpointError, CONFIG),
     "unknown-method": (lambda folder: rewrite_config(folder, peft_type="NOVEL"), AdapterError, "NOVEL"),
-    "unknown-option": (lambda folder: rewrite_config(folder, use_qalora=True), ConfigError, "use_qalora"),
-    "other-rank": (lambda folder: rewrite_config(folder, r=3), CheckpointError, "shape"),
+    "unknown-option": (lambda folder: rewrite_config(folder, megatron_config={"a": 1}), ConfigError, "megatron"),
+    "other-rank": (lambda folder: rewrite_config(folder, r=3), CheckpointError, "size mismatch"),
     "other-targets": (lambda folder: rewrite_config(folder, target_modules=["query"]), CheckpointError, "value"),
     "more-targets": (
         lambda folder: rewrite_config(folder, target_modules=["query", "key", "value"]),
@@ -321,7 +321,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[AdapterError], str]] = {
         CheckpointError,
         "x",
     ),
-    "tensor-misshapen": (lambda folder: rewrite_weights(folder, widen), CheckpointError, "shape"),
+    "tensor-misshapen": (lambda folder: rewrite_weights(folder, widen), CheckpointError, "size mismatch"),
 }
 damages = pytest.mark.parametrize(("damage", "error", "message"), DAMAGES.values(), ids=DAMAGES)
 
@@ -360,7 +360,7 @@ def test_loading_over_a_filled_adapter(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    with refused(model, CheckpointError, "shape"):
+    with refused(model, CheckpointError, "size mismatch"):
         model.load_adapter(tmp_path, "default")
 
 

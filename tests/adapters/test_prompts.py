@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertForQuestionAnswering, BertModel
+from transformers import BertForQuestionAnswering, BertModel, Gemma4ForCausalLM, Gemma4TextConfig
 
 from workbench import adapters
 from workbench.adapters.model import PeftModelForCausalLM
@@ -234,7 +234,7 @@ def test_multitask_source_that_does_not_fit(tmp_path: Path) -> None:
 
 @every_method
 def test_refusals(method: str) -> None:
-    """Merging, rows and two prompts at once are refused; unloading gives back the bare base model."""
+    """Merging, rows and two prompts at once are refused; without prompts the bare base model is left."""
     model = one(method, models.gpt2)
     model.add_adapter("second", METHODS[method].config(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(MergeError):
@@ -245,12 +245,15 @@ def test_refusals(method: str) -> None:
         model.base_model.set_adapter(["default", "second"])
     with pytest.raises(AdapterError, match="adapter_names"):
         model(**inputs(models.gpt2), adapter_names=["default", "second", "default", "default"])
+    with pytest.raises(AttributeError, match="delete_adapter"):
+        model.unload()
+    with pytest.raises(TypeError, match="requires_grad"):
+        model.set_requires_grad("default")
     twin = copy.deepcopy(model)
-    assert not any(module._forward_pre_hooks for module in model.unload().modules())
+    model.delete_adapter(["default", "second"])
+    assert not any(module._forward_pre_hooks for module in model.modules())
     twin(**inputs(models.gpt2), task_ids=torch.zeros(4, dtype=torch.long))
-    for name in ("default", "second"):
-        twin.delete_adapter(name)
-    assert not any(module._forward_pre_hooks for module in twin.modules())
+    assert any(module._forward_pre_hooks for module in twin.modules())
 
 
 @every_method
@@ -343,3 +346,96 @@ def test_text(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert asked == {"name": "words", "use_fast": False}
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, model.word_embeddings.weight[[4, 5, 4]])
+
+
+# --- keys and values ---
+
+
+@pytest.mark.parametrize("base", [models.gpt2, models.llama_tied, models.mistral], ids=lambda base: base.__name__)
+def test_a_prefix_from_a_cache(base: models.Factory) -> None:
+    """It starts as peft's does, and answers as the words themselves would."""
+    ours, theirs = both("prefix_tuning", base, "CAUSAL_LM")
+    ids = inputs(base)["input_ids"][:1]
+    caches = []
+    for library, model in ((adapters, ours), (peft, theirs)):
+        with torch.no_grad(), model.disable_adapter():
+            caches.append(model(input_ids=ids, use_cache=True).past_key_values)
+        library.initialize_kv_prefix_from_past_key_values(model, past_key_values=caches[-1])
+    prefix = ours.prompt_encoder["default"].embedding.weight
+    same(prefix, theirs.prompt_encoder["default"].embedding.weight)
+    same(prefix, adapters.prompt_embeddings_from_past_key_values(caches[0], num_virtual_tokens=3))
+    with torch.no_grad():
+        tail = {"input_ids": ids[:, 3:], "attention_mask": torch.ones_like(ids[:, 3:])}
+        said = ours(**tail, position_ids=torch.arange(ids.shape[1] - 3)[None]).logits
+        with ours.disable_adapter():
+            same(said, ours(input_ids=ids).logits[:, 3:])
+    with pytest.raises(AdapterError, match="cached tokens"):
+        adapters.prompt_embeddings_from_past_key_values(caches[0], num_virtual_tokens=100)
+
+
+def test_a_prefix_from_a_text() -> None:
+    def tokenizer(text: str, **_: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[int(word) for word in text.split()]])}
+
+    ours, theirs = both("prefix_tuning", models.gpt2, "CAUSAL_LM")
+    adapters.initialize_kv_prefix_from_text(ours, tokenizer, text="4 9 2 7")
+    peft.initialize_kv_prefix_from_text(theirs, tokenizer, text="4 9 2 7")
+    same(ours.prompt_encoder["default"].embedding.weight, theirs.prompt_encoder["default"].embedding.weight)
+    with pytest.raises(ConfigError, match="must be one of prefix tuning"):
+        adapters.initialize_kv_prefix_from_text(one("prompt_tuning", models.gpt2), tokenizer, text="4 9 2 7")
+
+
+def _gemma4(heads: int) -> nn.Module:
+    """Layers 1 and 3 have one head of keys, twice as wide as those of the others; the upper two use keys from below."""
+    config = Gemma4TextConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=models.HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=heads,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        per_layer_config={layer: {"head_dim": 16, "num_key_value_heads": 1} for layer in (1, 3)},
+        num_kv_shared_layers=2,
+        sliding_window=16,
+        vocab_size_per_layer_input=models.VOCAB,
+        hidden_size_per_layer_input=8,
+        pad_token_id=0,
+    )
+    return Gemma4ForCausalLM(config)
+
+
+@models.tiny
+def gemma4() -> nn.Module:
+    return _gemma4(heads=1)
+
+
+@models.tiny
+def gemma4_more_heads() -> nn.Module:
+    return _gemma4(heads=2)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [(gemma4, r"layers \[0, 1\]; skipped \[2, 3\]"), (gemma4_more_heads, r"layers \[1\]; skipped \[0, 2, 3\]")],
+)
+def test_layers_with_unlike_keys(base: models.Factory, said: str) -> None:
+    """Each takes as much of the prefix as it has room for; those that lack some of it take none."""
+    ours, theirs = both("prefix_tuning", base, "CAUSAL_LM")
+    given = {"input_ids": inputs(models.gpt2)["input_ids"]}
+    with pytest.warns(UserWarning, match=said):
+        logits = ours(**given).logits
+    same(logits, theirs(**given).logits)
+    ours.model.config.get_text_config().num_key_value_heads = 99
+    ours.model.config.get_text_config().per_layer_config = {1: {"head_dim": 99}}
+    with pytest.raises(ConfigError, match="skipped every layer"):
+        ours(**given)
+
+
+def test_an_encoder_decoder_generates_by_name_alone() -> None:
+    """As in peft."""
+    ids = inputs(models.gpt2)["input_ids"]
+    for model in both("prompt_tuning", models.t5, "SEQ_2_SEQ_LM"):
+        with pytest.raises(TypeError, match="positional"):
+            model.generate(ids)

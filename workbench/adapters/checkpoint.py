@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import re
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from workbench.errors import CheckpointError
+from workbench.errors import CheckpointError, MismatchError
 
 from .adapter import Slot
-from .inject import input_embedding, is_target, sites
+from .hub import locate
+from .inject import Site, input_embedding, is_target, sites
+from .injected import tuner_of
+from .tuner import Tuner
 from .tuner_layer import TunerLayer
 
-if TYPE_CHECKING:
-    from .model import PeftModel
-    from .tuner import Tuner
-
 WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # the layers that peft looks for when it saves embeddings by itself
-
-
-def locate(source: str | Path, name: str, subfolder: str | None = None, **hub: Any) -> Path:
-    """The path of one file of an adapter, in a folder or, downloaded, in a hub repository.
-
-    Raises:
-        CheckpointError: there is no such file.
-    """
-    folder = Path(source, subfolder or "")
-    if (folder / name).is_file():
-        return folder / name
-    if folder.is_dir() or os.path.isabs(source):
-        raise CheckpointError(f"Can't find '{name}' at '{folder}'.{_pickle_hint(folder)}")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub))
-    except Exception as error:
-        raise CheckpointError(
-            f"Can't find '{name}' at '{source}': not a folder here, and the hub says: {error}"
-        ) from error
-
-
-def _pickle_hint(folder: Path) -> str:
-    if not (folder / PICKLE_NAME).exists():
-        return ""
-    return f" The pickled {PICKLE_NAME} is not loaded, since it could run code: save it as safetensors first."
 
 
 def read_weights(source: str | Path, device: str = "cpu", **hub: Any) -> dict[str, Tensor]:
@@ -60,6 +32,21 @@ def read_weights(source: str | Path, device: str = "cpu", **hub: Any) -> dict[st
         CheckpointError: the file is missing, pickled or damaged.
     """
     return read_file(locate(source, WEIGHTS_NAME, **hub), device)
+
+
+def renamed(tensors: dict[str, Tensor], key_mapping: dict[str, str] | None) -> dict[str, Tensor]:
+    """Checkpoint tensors under new keys: of the regular expressions in `key_mapping`, the first that occurs in the base
+    model's path is replaced by its value."""
+    if not key_mapping:
+        return tensors
+
+    def new(key: str) -> str:
+        prefix = next((start for start in ("base_model.model.", "base_model.") if key.startswith(start)), "")
+        path = key.removeprefix(prefix)
+        names = (re.subn(pattern, value, path) for pattern, value in key_mapping.items())
+        return prefix + next((name for name, count in names if count), path)
+
+    return {new(key): tensor for key, tensor in tensors.items()}
 
 
 def read_file(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -87,7 +74,7 @@ def write_weights(tensors: dict[str, Tensor], folder: str | Path) -> Path:
 
 
 def get_peft_model_state_dict(
-    model: PeftModel,
+    model: nn.Module,
     state_dict: dict[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
@@ -99,7 +86,7 @@ def get_peft_model_state_dict(
         save_embedding_layers: also save the embedding layers; "auto": if they are targets, or the vocabulary was
             resized.
     """
-    tuner: Tuner = (getattr(model, "_orig_mod", model) if unwrap_compiled else model).base_model
+    tuner = tuner_of(getattr(model, "_orig_mod", model) if unwrap_compiled else model)
     tuner.check_known([adapter_name])
     tensors: dict[str, Tensor] = {}
     for start, part in tuner.parts(adapter_name):
@@ -107,7 +94,11 @@ def get_peft_model_state_dict(
     tensors |= {tuner.key_prefix + path: bias.data for path, bias in tuner.trained_biases(adapter_name).items()}
     if save_embedding_layers == "auto":
         save_embedding_layers = _embeddings_changed(tuner, adapter_name)
-    if save_embedding_layers:
+    if save_embedding_layers and not hasattr(tuner.model, "get_input_embeddings"):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=2
+        )
+    elif save_embedding_layers:
         tensors |= {tuner.key_prefix + name: tensor for name, tensor in _embedding_tensors(tuner, adapter_name).items()}
     if state_dict is not None:
         tensors = {key: state_dict.get(key, tensor) for key, tensor in tensors.items()}
@@ -123,6 +114,9 @@ def _embeddings_changed(tuner: Tuner, adapter_name: str) -> bool:
     config: Any = tuner.peft_config[adapter_name]
     tokens_only = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
     if not tokens_only and _targets_embedding(tuner, adapter_name):
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=4
+        )
         return True
     source, model_config = config.base_model_name_or_path, cast(Any, getattr(tuner.model, "config", None))
     if not source or not getattr(model_config, "vocab_size", None):
@@ -131,7 +125,13 @@ def _embeddings_changed(tuner: Tuner, adapter_name: str) -> bool:
         base = type(model_config).from_pretrained(source, local_files_only=True)
     except Exception:  # no configuration to compare with: the vocabulary counts as unchanged
         return False
-    return base.vocab_size != model_config.vocab_size
+    resized = base.vocab_size != model_config.vocab_size
+    if resized:
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
+            stacklevel=4,
+        )
+    return resized
 
 
 def _embedding_tensors(tuner: Tuner, adapter_name: str) -> dict[str, Tensor]:
@@ -145,8 +145,7 @@ def _embedding_tensors(tuner: Tuner, adapter_name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for site in sites(tuner.model):
         if any(site.module is layer for layer in embeddings) and (site.wrapper is not None or not targeted):
-            path = f"{site.path}.base_layer" if site.wrapper is not None else site.path
-            tensors |= {f"{path}.{name}": tensor for name, tensor in site.module.state_dict().items()}
+            tensors |= {f"{base_path(site)}.{name}": tensor for name, tensor in site.module.state_dict().items()}
     return tensors
 
 
@@ -158,21 +157,29 @@ class LoadResult:
 
 
 def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Load checkpoint tensors into an adapter of the model.
+    """Load checkpoint tensors into an adapter of a `PeftModel`, or of a model that the adapter was injected into.
+
+    Args:
+        ignore_mismatched_sizes: leave out tensors of another shape than their parameter, with a warning.
+        low_cpu_mem_usage: parameters are on the meta device, for which nothing has to be said here.
 
     Raises:
-        CheckpointError: a tensor has another shape than its parameter. Nothing is loaded then.
+        MismatchError: a tensor has another shape than its parameter. Nothing is loaded then.
     """
-    places, result = match_slots(model.base_model, peft_model_state_dict, adapter_name)
-    for slot, tensor in places:
-        fill(slot, tensor)
+    tuner = tuner_of(model)
+    places, result = match_slots(tuner, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+    fill_all(tuner, adapter_name, places)
     return result
 
 
 def match_slots(
-    tuner: Tuner, tensors: dict[str, Tensor], adapter_name: str
+    tuner: Tuner, tensors: dict[str, Tensor], adapter_name: str, ignore_mismatched_sizes: bool = False
 ) -> tuple[list[tuple[Slot, Tensor]], LoadResult]:
     """The places in the model of checkpoint tensors, with what belongs there, and the keys on either side that have no
     counterpart.
@@ -181,6 +188,8 @@ def match_slots(
     stores under their names in the base model.
     """
     tuner.check_known([adapter_name])
+    if not tuner.key_prefix:  # a file that a PeftModel wrote
+        tensors = {key.removeprefix(Tuner.key_prefix): tensor for key, tensor in tensors.items()}
     own: dict[str, Slot] = {}
     values = dict(tensors)
     tied: set[str] = set()
@@ -192,16 +201,29 @@ def match_slots(
         tied |= {start + name for name in part.saved()}
     known = {tuner.key_prefix + name: slot for name, slot in base_slots(tuner.model).items()} | own
     places = {key: known[key] for key in tensors if key in known}
-    for key, (owner, leaf) in places.items():
-        here, there = tuple(getattr(owner, leaf).shape), tuple(values[key].shape)
-        if here != there:
-            raise CheckpointError(
-                f"{key} has shape {there} in the file but {here} here: the adapter was made for another base model, "
-                "with another configuration, or for resized embeddings; resize those of this model first."
-            )
+    shapes = {key: (tuple(values[key].shape), tuple(getattr(*slot).shape)) for key, slot in places.items()}
+    mismatched = {key: f"{there} in the file, {here} here" for key, (there, here) in shapes.items() if there != here}
+    said = "".join(f"\n- size mismatch for {key}: {sizes}" for key, sizes in mismatched.items())
+    if mismatched and not ignore_mismatched_sizes:
+        raise MismatchError(
+            "The adapter was made for another base model, with another configuration, or for resized embeddings; "
+            f"resize those of this model first.{said}"
+        )
+    if mismatched:
+        warnings.warn(f"Left out, since `ignore_mismatched_sizes=True`:{said}", stacklevel=3)
     missing = [key for key in own if key not in tensors]
     unexpected = [key for key in tensors if key not in known and key not in tied]
-    return [(slot, values[key]) for key, slot in places.items()], LoadResult(missing, unexpected)
+    return [(slot, values[key]) for key, slot in places.items() if key not in mismatched], LoadResult(
+        missing, unexpected
+    )
+
+
+def fill_all(tuner: Tuner, adapter_name: str, places: list[tuple[Slot, Tensor]]) -> None:
+    """Copy an adapter's tensors into their places, and what was on the meta device to where its layers are."""
+    for slot, tensor in places:
+        fill(slot, tensor)
+    for _, layer in tuner.layers():
+        layer.bring(adapter_name)
 
 
 @torch.no_grad()
@@ -210,16 +232,25 @@ def fill(slot: Slot, tensor: Tensor) -> None:
     owner, leaf = slot
     place = getattr(owner, leaf)
     if place.is_meta:
-        setattr(owner, leaf, nn.Parameter(tensor.clone(), requires_grad=place.requires_grad))
+        setattr(owner, leaf, nn.Parameter(tensor.to(place.dtype, copy=True), requires_grad=place.requires_grad))
     else:
         place.copy_(tensor)
 
 
+def base_path(site: Site) -> str:
+    """What the names of a base model's module start with in a checkpoint: they say whether it is wrapped, and that
+    trainable tokens beside another method have a place of their own in the wrapper."""
+    if site.wrapper is None:
+        return site.path
+    own_place = next((adapter.prefix for adapter in site.wrapper.named_adapters().values() if adapter.prefix), "")
+    return f"{site.path}.{own_place}base_layer"
+
+
 def base_slots(model: nn.Module) -> dict[str, Slot]:
-    """Parameters and buffers of the base model by their paths; those of wrapped layers under `base_layer.`."""
+    """Parameters and buffers of the base model by their names in a checkpoint; see `base_path`."""
     slots: dict[str, Slot] = {}
     for site in sites(model):
-        path = f"{site.path}.base_layer" if site.wrapper is not None else site.path
+        path = base_path(site)
         slots |= {f"{path}.{name}": (site.module, name) for name, _ in site.module.named_parameters(recurse=False)}
         slots |= {f"{path}.{name}": (site.module, name) for name, _ in site.module.named_buffers(recurse=False)}
     return slots

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import warnings
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from workbench.errors import CheckpointError, ConfigError
+from workbench.errors import ConfigError, NotAnAdapterError
+
+from .hub import PushToHub, locate
 
 CONFIG_NAME = "adapter_config.json"
-PEFT_VERSION = "0.21.2"  # the version of the file format that is written
+__version__ = "0.21.2"  # of peft: the version of the file format that is written
 
 
 class TaskType(StrEnum):
@@ -27,42 +31,50 @@ class TaskType(StrEnum):
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(PushToHub):
     """What every adapter configuration holds.
 
     Args:
         task_type: one of `TaskType`, or None for a model of one's own.
+        peft_type: the method, one of `PeftType`; the class of a method's configuration knows it by itself.
         base_model_name_or_path: hub id or folder of the base model, filled in when the adapter is saved.
         revision: the base model's revision.
         inference_mode: whether the adapter's parameters are frozen.
         auto_mapping: class and library of a base model that has no task type.
         peft_version: version of the file format.
+
+    Raises:
+        ConfigError: there is no such task.
     """
 
-    peft_type: ClassVar[str | None] = None
-    # peft fields that hold a value while switched off, so that files written by peft load without complaint
-    inert_fields: ClassVar[frozenset[str]] = frozenset()
     # our own fields, written only when used, so that a file without them is peft's to the letter
     extension_fields: ClassVar[frozenset[str]] = frozenset()
     # the field that holds the number of training steps, where a method must know it
     steps_field: ClassVar[str | None] = None
 
     task_type: TaskType | str | None = None
+    peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    auto_mapping: dict[str, Any] | None = None
-    peft_version: str | None = None
 
     def __post_init__(self) -> None:
+        from .registry import PeftType
+
+        own = type(self).peft_type
+        if own is not None:
+            self.peft_type = PeftType(own)
         if self.task_type is not None:
-            known = [t.value for t in TaskType]
-            if self.task_type not in known:
+            if self.task_type not in list(TaskType):
                 raise ConfigError(
-                    f"Invalid task type: '{self.task_type}'. Must be one of: {', '.join(known)}.", "task_type"
+                    f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
+                    f"{', '.join(TaskType)}.",
+                    "task_type",
                 )
-            self.task_type = TaskType(self.task_type).value
-        self.peft_version = self.peft_version or PEFT_VERSION
+            self.task_type = TaskType(self.task_type)
+        self.peft_version = self.peft_version or peft_version()
 
     @property
     def tuner_name(self) -> str:
@@ -74,10 +86,23 @@ class PeftConfig:
         """Whether the method adds virtual tokens instead of changing layers."""
         return False
 
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is adaption prompt."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, `peft_type` included."""
+        """The configuration as plain values."""
         unused = {name for name in self.extension_fields if getattr(self, name) is None}
-        return {"peft_type": self.peft_type} | {k: v for k, v in asdict(self).items() if k not in unused}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
+
+    @property
+    def changes_base(self) -> str | None:
+        """What about the adapter changes the base model's weights, if anything does."""
+        return None
+
+    def check_beside(self, others: dict[str, PeftConfig]) -> None:
+        """Refuse to be on a model together with adapters of these configurations, by name, where that cannot be."""
 
     def converted(self, trained: dict[str, Any], start: dict[str, Any]) -> tuple[dict[str, Any], PeftConfig]:
         """Tensors and configuration of a plain adapter that adds what `trained` adds beyond `start`, both by checkpoint
@@ -90,45 +115,83 @@ class PeftConfig:
             f"{self.peft_type} adapters cannot be converted with path_initial_model_for_weight_conversion."
         )
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `adapter_config.json` into a folder, which is made if need be."""
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into a folder, which is made if need be.
+
+        Args:
+            auto_mapping_dict: written as `auto_mapping` in place of the configuration's own.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
+        values["auto_mapping"] = kwargs.get("auto_mapping_dict") or values["auto_mapping"]
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True))
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
         """Read a configuration from a folder or a hub repository; the file's `peft_type` decides the class.
 
-        Raises:
-            CheckpointError: no readable `adapter_config.json`, or a method that is not known here.
-            ConfigError: the file uses an option that is not implemented here.
-        """
-        from .checkpoint import locate
-        from .registry import by_peft_type
+        Args:
+            kwargs: what `hf_hub_download` takes (revision, token, ...); the rest is ignored.
 
-        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **hub)
-        try:
-            values = json.loads(Path(path).read_text())
-            peft_type = values.pop("peft_type")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is not an adapter configuration: {error!r}") from error
-        return by_peft_type(peft_type).config.from_dict(values)
+        Raises:
+            CheckpointError: no `adapter_config.json`.
+            NotAnAdapterError: the file is not one.
+            ConfigError: the file's method is not known here, or it uses an option that is not implemented here.
+        """
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **kwargs)
+        values = cls.from_json_file(path)
+        if "peft_type" not in values:
+            raise NotAnAdapterError(
+                f"{path} is not an adapter configuration. The {cls.__name__} config that is trying to be loaded is "
+                "missing required keys: {'peft_type'}."
+            )
+        return cls.from_peft_type(**values)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PeftConfig:
-        """Build from plain values. Options of peft that are off are skipped, those in use must be known here."""
-        known = {f.name for f in fields(cls)}
-        unknown = {k: v for k, v in values.items() if k not in known and v and k not in cls.inert_fields}
-        if unknown:
-            raise ConfigError(
-                f"The adapter was made with {unknown}, which {cls.__name__} does not implement; loading it without "
-                "would give other outputs than it was trained for."
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """The values in a configuration file.
+
+        Raises:
+            NotAnAdapterError: it holds no JSON object.
+        """
+        try:
+            values = json.loads(Path(path_json_file).read_text())
+        except ValueError as error:
+            raise NotAnAdapterError(f"{path_json_file} is not an adapter configuration: {error!r}") from error
+        if not isinstance(values, dict):
+            raise NotAnAdapterError(f"{path_json_file} is not an adapter configuration, which is a JSON object.")
+        if values.pop("runtime_config", None):
+            warnings.warn(
+                "The configuration file contains a `runtime_config` key. This is ignored. Runtime configurations are "
+                "only valid at runtime.",
+                stacklevel=2,
             )
-        return cls(**{k: v for k, v in values.items() if k in known})
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Build from plain values; `peft_type` decides the class, without it this one is meant. Values of fields that
+        are not known here are ignored, with a warning if they are set.
+
+        Raises:
+            ConfigError: there is no such method, or a value is refused.
+        """
+        from .registry import by_peft_type
+
+        config = by_peft_type(kwargs["peft_type"]).config if "peft_type" in kwargs else cls
+        known = {f.name for f in fields(config)}
+        unknown = sorted(name for name, value in kwargs.items() if name not in known and value)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {config.__name__}, these are ignored. The file was "
+                "probably written by a newer version of peft; the adapter may answer otherwise here than it was "
+                "trained to.",
+                stacklevel=3,
+            )
+        return config(**{name: value for name, value in kwargs.items() if name in known})
 
 
 @dataclass
@@ -161,6 +224,32 @@ class TargetConfig(PeftConfig):
             raise ConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified.", "layers_pattern"
             )
+
+
+def peft_version() -> str:
+    """The version that a new configuration notes. A development version alone does not say which code wrote a file, so
+    the commit that was installed is added."""
+    if ".dev" not in __version__:
+        return __version__
+    try:
+        commit = _get_commit_hash("workbench")
+    except Exception as error:  # whatever the package's metadata hold, configurations must not fail for it
+        warnings.warn(
+            "A dev version of PEFT is used but there was an error while trying to determine the commit hash: "
+            f"{error!r}.",
+            stacklevel=2,
+        )
+        commit = None
+    return f"{__version__}@{commit or 'UNKNOWN'}"
+
+
+def _get_commit_hash(package: str) -> str | None:
+    """The commit from which pip installed a package, or None where it came from elsewhere."""
+    try:
+        text = importlib.metadata.distribution(package).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return json.loads(text or "{}").get("vcs_info", {}).get("commit_id")
 
 
 def check_ranks(r: int, rank_pattern: dict[str, int]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,25 @@ from torch import Tensor, nn
 
 from workbench.errors import AdapterNameError, CheckpointError, ConfigError
 
+from .card import write_card
 from .checkpoint import (
     LoadResult,
+    fill_all,
     get_peft_model_state_dict,
     match_slots,
     read_weights,
-    set_peft_model_state_dict,
+    renamed,
     write_weights,
 )
 from .config import PeftConfig, TaskType
+from .convert import supports_lora_conversion
+from .hub import PushToHub
 from .inject import HEADS
+from .methods import alora
 from .prompts import PromptTuner
+from .registry import by_peft_type
 from .tuner import Tuner
-from .tuner_layer import BASE
+from .tuner_layer import BASE, TunerLayer
 
 if TYPE_CHECKING:
     from .status import TunerLayerStatus, TunerModelStatus
@@ -37,7 +44,7 @@ HEAD_MODULES: dict[str, tuple[str, ...]] = {
 }
 
 
-class PeftModel(nn.Module):
+class PeftModel(PushToHub, nn.Module):
     """A base model with one or more adapters, of which the active ones act.
 
     Args:
@@ -60,7 +67,8 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ):
         super().__init__()
-        peft_config = add_head(peft_config)
+        warn_of_name(adapter_name, peft_config)
+        peft_config = self.admit(peft_config)
         tuner = PromptTuner if peft_config.is_prompt_learning else Tuner
         self.base_model = tuner(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -73,6 +81,31 @@ class PeftModel(nn.Module):
             if name == "base_model":  # not there yet
                 raise
             return getattr(self.base_model, name)
+
+    def admit(self, config: PeftConfig, others: Iterable[PeftConfig] = ()) -> PeftConfig:
+        """A new adapter's configuration as this model takes it, beside those of the others: the task's head trains
+        along.
+
+        Raises:
+            ConfigError: it is of another method than the others, or only one adapter of the method may train.
+        """
+        every = [*others, config]
+        if len({other.peft_type for other in every}) > 1:
+            raise ConfigError(
+                f"Cannot combine adapters with different peft types: this model has {every[0].peft_type}, the new "
+                f"adapter is {config.peft_type}. Pass mixed=True to get_peft_model to mix them."
+            )
+        if by_peft_type(config.peft_type).one_trains and sum(not other.inference_mode for other in every) > 1:
+            raise ConfigError(
+                f"{config.tuner_name} supports only 1 trainable adapter; set inference_mode=True for all but that one.",
+                "inference_mode",
+            )
+        return add_head(config)
+
+    @classmethod
+    def for_task(cls, task_type: str | None) -> type[PeftModel]:
+        """The class of a model for this task; this one for models of one's own."""
+        return TASK_MODELS.get(task_type or "", cls)
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -107,26 +140,46 @@ class PeftModel(nn.Module):
     # ---------------------------------------------------------------- forward
 
     def forward(
-        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: list[str] | None = None,
+        task_ids: Tensor | None = None,
+        alora_offsets: list[int | None] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Run the base model with its adapters.
 
         Args:
             adapter_names: an adapter for each row of the batch; "__base__" for none.
             task_ids: the task of each row, (rows,), for methods that know tasks.
+            alora_offsets: for each row the number of its last tokens on which aLoRA adapters act; default: found in the
+                input ids.
         """
+        told = {"adapter_names": adapter_names, "alora_offsets": alora_offsets} | kwargs
+        found = alora.get_alora_offsets_for_forward(self, *args[:1], **told).get("alora_offsets")
         with self._rows(adapter_names, task_ids):
+            alora.invoke(self, adapter_names, found, kwargs.get("num_beams"))
             return self.base_model(*args, **kwargs)
 
     def generate(
-        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: list[str] | None = None,
+        task_ids: Tensor | None = None,
+        alora_offsets: list[int | None] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Generate with the base model's own `generate`; `adapter_names` and `task_ids` as in `forward`."""
+        """Generate with the base model's own `generate`; the named arguments as in `forward`."""
+        told = {"adapter_names": adapter_names, "alora_offsets": alora_offsets} | kwargs
+        found = alora.get_alora_offsets_for_generate(self, *args, **told).get("alora_offsets")
         with self._rows(adapter_names, task_ids):
+            alora.invoke(self, adapter_names, found, kwargs.get("num_beams"))
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
     def _rows(self, adapter_names: list[str] | None, task_ids: Tensor | None = None) -> Iterator[None]:
+        if adapter_names is not None and self.training:  # a checkpointed layer would run again without the names
+            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = sorted(set(adapter_names or ()) - {BASE} - set(self.peft_config))
         if unknown:
             raise AdapterNameError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -140,12 +193,20 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the base model answers alone."""
-        before = self.base_model.state.enabled
-        self.base_model.disable_adapter_layers()
+        tuner = self.base_model
+        before = tuner.state.enabled
+        if any(layer.disable_adapters == before for _, layer in tuner.layers()):
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. After this "
+                "context, all of them will be enabled.",
+                stacklevel=3,
+            )
+            before = True
+        tuner.disable_adapter_layers()
         try:
             yield
         finally:
-            self.base_model.state.enabled = before
+            tuner.enable(before)
 
     # ---------------------------------------------------------------- adapters
 
@@ -161,20 +222,30 @@ class PeftModel(nn.Module):
         Raises:
             AdapterError: the name is taken or the configuration does not fit; the model stays as it was.
         """
-        if len({config.peft_type for config in self.peft_config.values()} | {peft_config.peft_type}) > 1:
-            raise ConfigError(
-                f"Cannot combine adapters with different peft types: this model has "
-                f"{self.active_peft_config.peft_type}, "
-                f"the new adapter is {peft_config.peft_type}."
-            )
-        self.base_model.add(adapter_name, add_head(peft_config), low_cpu_mem_usage, autocast_adapter_dtype)
+        warn_of_name(adapter_name, peft_config)
+        peft_config = self.admit(peft_config, self.peft_config.values())
+        self.base_model.add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make an adapter the active one; with `inference_mode` it does not train."""
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several that fold in this order, the active ones; with `inference_mode` they do not
+        train."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its parameters."""
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of one adapter or several train or not.
+
+        Raises:
+            TypeError: a prompt method, as in peft.
+        """
+        if self.active_peft_config.is_prompt_learning:
+            raise TypeError(
+                "Setting `requires_grad` is not supported for prompt learning methods like "
+                f"{self.active_peft_config.peft_type}."
+            )
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove one adapter or several, and their parameters."""
         self.base_model.delete_adapter(adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -212,15 +283,17 @@ class PeftModel(nn.Module):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | Path | None = None,
         state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Write `adapter_model.safetensors` and `adapter_config.json`; adapters not named "default" get their own
-        subfolder.
+        """Write `adapter_model.safetensors` and `adapter_config.json`, and the model card; adapters not named "default"
+        get their own subfolder.
 
         Args:
             path_initial_model_for_weight_conversion: folder of the same adapter before training. Where its start took a
                 part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA), what is saved then is a plain adapter for the
                 base model as it was, of twice the rank.
             state_dict: tensors to save instead of the model's own, by checkpoint key.
+            kwargs: ignored, as transformers' trainer passes arguments for other models.
 
         Raises:
             AdapterNameError: an adapter of `selected_adapters` does not exist.
@@ -232,9 +305,15 @@ class PeftModel(nn.Module):
         if not safe_serialization:
             raise CheckpointError("Only safetensors are written, since a pickle could run code when it is loaded.")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        self.base_model.check_known(names)
+        if not set(names) <= set(self.peft_config):
+            raise AdapterNameError(
+                "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {names}."
+            )
         if not is_main_process:
             return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.create_or_update_model_card(folder)
         for name in names:
             target = folder if name == "default" else folder / name
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)  # type: ignore[arg-type]
@@ -243,10 +322,15 @@ class PeftModel(nn.Module):
                 tensors, config = config.converted(tensors, read_weights(path_initial_model_for_weight_conversion))
             write_weights(tensors, target)
             config.inference_mode = True  # as peft does: whoever loads the file decides anew
+            config.base_model_name_or_path = config.base_model_name_or_path or base_name(self.get_base_model())
             if config.task_type is None:
                 base = type(self.get_base_model())
                 config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
             config.save_pretrained(target)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write a folder's README.md, or add to it; see `card.write_card`."""
+        write_card(self, output_dir)
 
     @classmethod
     def from_pretrained(
@@ -257,8 +341,12 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-        **hub: Any,
+        key_mapping: dict[str, str] | None = None,
+        torch_device: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter on a base model.
 
@@ -267,22 +355,33 @@ class PeftModel(nn.Module):
             model_id: folder or hub id of the adapter.
             is_trainable: train on; otherwise the adapter is frozen.
             config: a configuration to use instead of the file's.
-            hub: `subfolder`, and what `hf_hub_download` takes (revision, token, ...).
+            ephemeral_gpu_offload: see `LoraRuntimeConfig`.
+            key_mapping: for a file made for another version of the model's class, regular expressions for the base
+                model's paths, with what stands for them in this model; default: what transformers says of the class.
+            torch_device: where the file's tensors are read to; default: where the base model is.
+            ignore_mismatched_sizes: leave out tensors of another shape than their parameter, with a warning.
+            kwargs: `subfolder`, and what `hf_hub_download` takes (revision, token, ...); the rest is ignored.
 
         Raises:
+            ConfigError: `config` is none.
             CheckpointError: the files are missing, damaged, pickled or made for another base; the model stays as it
                 was.
         """
-        config = config or PeftConfig.from_pretrained(model_id, **hub)
-        tensors = read_weights(model_id, **hub)
+        config = PeftConfig.from_pretrained(model_id, **kwargs) if config is None else config
+        if not isinstance(config, PeftConfig):
+            raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}.")
+        if key_mapping is None and not config.is_prompt_learning:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        tensors = renamed(read_weights(model_id, torch_device or device_of(model), **kwargs), key_mapping)
+        set_offload(config, ephemeral_gpu_offload)
         config.inference_mode = not is_trainable
         trained = [p for p in model.parameters() if p.requires_grad]
-        task_model = TASK_MODELS.get(config.task_type or "", cls)
+        task_model = cls.for_task(config.task_type)
         peft_model = task_model(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
-            peft_model._fill(tensors, adapter_name, model_id)
+            peft_model._fill(tensors, adapter_name, model_id, ignore_mismatched_sizes)
         except CheckpointError:
-            peft_model.base_model.unload()
+            peft_model.delete_adapter(adapter_name)
             for p in trained:
                 p.requires_grad_(True)
             raise
@@ -293,31 +392,44 @@ class PeftModel(nn.Module):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-        **hub: Any,
+        key_mapping: dict[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
     ) -> LoadResult:
-        """Add a saved adapter, or fill one that exists already.
+        """Add a saved adapter, or fill one that exists already. It is not active until `set_adapter` says so. Arguments
+        as of `from_pretrained`; unless the adapter is trainable, the model is left in evaluation mode.
 
         Raises:
             CheckpointError: as `from_pretrained`; no new adapter is left behind.
         """
-        tensors = read_weights(model_id, **hub)
+        tensors = renamed(read_weights(model_id, torch_device or device_of(self), **kwargs), key_mapping)
         new = adapter_name not in self.peft_config
         if new:
-            config = PeftConfig.from_pretrained(model_id, **hub)
+            config = PeftConfig.from_pretrained(model_id, **kwargs)
+            set_offload(config, ephemeral_gpu_offload)
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
-            return self._fill(tensors, adapter_name, model_id)
+            result = self._fill(tensors, adapter_name, model_id, ignore_mismatched_sizes)
         except CheckpointError:
             if new:
                 self.delete_adapter(adapter_name)
             raise
+        if not is_trainable:
+            self.eval()
+        elif new:
+            self.base_model.set_requires_grad(adapter_name)
+        return result
 
-    def _fill(self, tensors: dict[str, Tensor], adapter_name: str, source: str | Path) -> LoadResult:
+    def _fill(
+        self, tensors: dict[str, Tensor], adapter_name: str, source: str | Path, ignore_mismatched_sizes: bool
+    ) -> LoadResult:
         """Load a file's tensors, if it is complete and all of them have a place."""
-        _, result = match_slots(self.base_model, tensors, adapter_name)
+        places, result = match_slots(self.base_model, tensors, adapter_name, ignore_mismatched_sizes)
         if result.missing_keys:
             raise CheckpointError(
                 f"{source} lacks {len(result.missing_keys)} of the adapter's tensors, e.g. {result.missing_keys[0]}; "
@@ -328,7 +440,12 @@ class PeftModel(nn.Module):
                 f"{source} holds {len(result.unexpected_keys)} tensors that have no place in this model, e.g. "
                 f"{result.unexpected_keys[0]}; it was made for another base model."
             )
-        return set_peft_model_state_dict(self, tensors, adapter_name)
+        fill_all(self.base_model, adapter_name, places)
+        return result
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can turn an adapter into a LoRA adapter."""
+        return supports_lora_conversion(self, adapter_name)
 
     # ---------------------------------------------------------------- merging
 
@@ -370,6 +487,10 @@ class PeftModelForCausalLM(PeftModel):
 class PeftModelForSeq2SeqLM(PeftModel):
     """An encoder-decoder that writes."""
 
+    def generate(self, **kwargs: Any) -> Any:  # type: ignore[override]  # as in peft: by name alone
+        """As `PeftModel.generate`, with all arguments by name."""
+        return super().generate(**kwargs)
+
 
 class PeftModelForFeatureExtraction(PeftModel):
     """A model without a head."""
@@ -383,6 +504,35 @@ TASK_MODELS: dict[str, type[PeftModel]] = {
     TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Hub id or folder of a base model, as transformers notes it; a model built from a configuration has none."""
+    return model.__dict__.get("name_or_path") or None
+
+
+def device_of(model: nn.Module) -> str:
+    """Where a model is, or CPU if it has no parameters in memory."""
+    return str(next((p.device for p in model.parameters() if not p.is_meta), "cpu"))
+
+
+def set_offload(config: Any, ephemeral_gpu_offload: bool) -> None:
+    """Switch `ephemeral_gpu_offload` on, if asked for and the method knows it."""
+    if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = True
+    elif ephemeral_gpu_offload:
+        warnings.warn("Ephemeral GPU offloading is not supported for this model. Ignoring.", stacklevel=3)
+
+
+def warn_of_name(adapter_name: str, config: PeftConfig) -> None:
+    """Warn of an adapter name that peft takes for a part of a parameter's name."""
+    prefix = by_peft_type(config.peft_type).prefix
+    if adapter_name and adapter_name in prefix:
+        warnings.warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. This may lead to "
+            "reinitialization of the adapter weights when peft loads them under this name.",
+            stacklevel=3,
+        )
 
 
 def add_head(config: PeftConfig) -> PeftConfig:
@@ -402,6 +552,7 @@ def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
     adapter_name: str = "default",
+    mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
@@ -409,9 +560,32 @@ def get_peft_model(
     """Wrap a base model with a new adapter; see `PeftModel`.
 
     Args:
+        mixed: let adapters of other methods be added; see `PeftMixedModel`.
         revision: the base model's revision, noted in the configuration.
     """
-    peft_config.base_model_name_or_path = model.__dict__.get("name_or_path") or peft_config.base_model_name_or_path
-    peft_config.revision = revision or peft_config.revision
-    task_model = TASK_MODELS.get(peft_config.task_type or "", PeftModel)
+    if any(isinstance(module, TunerLayer) for module in model.modules()):
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before.",
+            stacklevel=2,
+        )
+    before, name = peft_config.base_model_name_or_path, base_name(model)
+    if before is not None and before != name:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. Please ensure that "
+            "the correct base model is loaded when loading this checkpoint.",
+            stacklevel=2,
+        )
+    peft_config.base_model_name_or_path = name
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"peft config has already set base model revision to {peft_config.revision}, overwriting with "
+                f"revision {revision}",
+                stacklevel=2,
+            )
+        peft_config.revision = revision
+    from .mixed import PeftMixedModel
+
+    task_model = (PeftMixedModel if mixed else PeftModel).for_task(peft_config.task_type)
     return task_model(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

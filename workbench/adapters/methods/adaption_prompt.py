@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class AdaptionPromptConfig(PeftConfig):
         ConfigError: a number is not a whole one from one up.
     """
 
-    peft_type: ClassVar[str] = "ADAPTION_PROMPT"
+    peft_type: str | None = "ADAPTION_PROMPT"
 
     target_modules: str | None = None
     adapter_len: int | None = None

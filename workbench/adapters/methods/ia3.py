@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ class IA3Config(PeftConfig):
         init_ia3_weights: start with factors of one; otherwise random.
     """
 
-    peft_type: ClassVar[str] = "IA3"
+    peft_type: str | None = "IA3"
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -47,13 +46,9 @@ class IA3Config(PeftConfig):
         self.target_modules = name_set(self.target_modules, "target_modules")
         self.exclude_modules = name_set(self.exclude_modules, "exclude_modules")
         self.feedforward_modules = name_set(self.feedforward_modules, "feedforward_modules")
-        if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
-            extra = sorted(self.feedforward_modules - self.target_modules)
-            if extra:
-                raise ConfigError(
-                    f"`feedforward_modules` should be a subset of `target_modules`, which lacks {extra}.",
-                    "feedforward_modules",
-                )
+        lists = isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set)
+        if lists and not self.feedforward_modules <= self.target_modules:  # type: ignore[operator]
+            raise ConfigError("`feedforward_modules` should be a subset of `target_modules`", "feedforward_modules")
 
     def fill_defaults(self, model_type: str | None) -> None:
         """Set `feedforward_modules` to those usual for the architecture."""

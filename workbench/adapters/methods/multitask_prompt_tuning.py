@@ -47,7 +47,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         num_tasks: number of tasks; `task_ids` in a batch count from 0, and may be left out for a single task.
     """
 
-    peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
+    peft_type: str | None = "MULTITASK_PROMPT_TUNING"
     inits: ClassVar[type[StrEnum]] = MultitaskPromptTuningInit
 
     prompt_tuning_init_state_dict_path: str | None = None

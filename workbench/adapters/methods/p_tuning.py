@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_dropout: probability of dropping an output between the LSTM's layers.
     """
 
-    peft_type: ClassVar[str] = "P_TUNING"
+    peft_type: str | None = "P_TUNING"
 
     encoder_reparameterization_type: str = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: int | None = None
@@ -52,8 +52,6 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_reparameterization_type = str(kind)
         if not 0 <= self.encoder_dropout < 1:
             raise ConfigError(f"encoder_dropout must be in [0, 1), not {self.encoder_dropout!r}.", "encoder_dropout")
-        if kind == PromptEncoderReparameterizationType.MLP and self.encoder_num_layers != 2:
-            warnings.warn("For MLP, the argument `encoder_num_layers` is ignored.", stacklevel=3)
 
 
 class PromptEncoder(VirtualTokens):
@@ -76,6 +74,11 @@ class PromptEncoder(VirtualTokens):
             sizes = [2 * hidden, 2 * hidden, width]
         else:
             sizes = [width, hidden, hidden, width]
+            if config.encoder_num_layers != 2:
+                warnings.warn(
+                    "for MLP, the argument `encoder_num_layers` is ignored. Exactly 2 MLP layers are used.",
+                    stacklevel=2,
+                )
         layers: list[nn.Module] = []
         for inner, out in pairwise(sizes):
             layers += [nn.Linear(inner, out), nn.ReLU()]

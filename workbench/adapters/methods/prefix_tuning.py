@@ -3,8 +3,9 @@ arXiv:2101.00190, section 4.2), optionally made by a two-layer network while the
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         prefix_projection: keys and values are made by a network while they train.
     """
 
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft_type: str | None = "PREFIX_TUNING"
 
     init_weights: Literal["zero"] | None = None
     encoder_hidden_size: int | None = None
@@ -35,6 +36,8 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ConfigError(f"init_weights must be zero or null, not {self.init_weights!r}.", "init_weights")
 
     def fit(self, text: Any) -> None:
+        # where layers differ the widest decides, and others take a part
+        text = max(unlike_layers(text), key=lambda layer: layer.head_dim, default=text)
         heads = getattr(text, "num_key_value_heads", None)
         if heads is not None:  # several heads share their keys and values, which a prefix has to fit
             width = getattr(text, "head_dim", None) or self.token_dim // self.num_attention_heads  # type: ignore[operator]
@@ -77,3 +80,40 @@ class PrefixEncoder(VirtualTokens):
         step = 2 * self.submodules
         starts = [step * layer % (2 * self.layers) for layer in range(self.layers)]
         return [(keys_values[i], keys_values[i + 1]) for i in starts]
+
+
+def unlike_layers(text: Any) -> list[Any]:
+    """Where a model's layers differ (Gemma 4), the configurations of those that have keys and values of their own."""
+    if not getattr(text, "is_heterogeneous", False):
+        return []
+    own = text.num_hidden_layers - getattr(text, "num_kv_shared_layers", 0)
+    return [text.per_layer_config[i] for i in range(own)]
+
+
+def by_layer(pairs: list[tuple[Tensor, Tensor]], text: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    """What each layer takes of its keys and values, (rows, heads, tokens, width): where layers differ, as many heads
+    and as much of the width as it has. Layers that have more, or use the keys and values of another, take none.
+
+    Raises:
+        ConfigError: all layers have more.
+    """
+    layers = unlike_layers(text)
+    if not layers:
+        return dict(enumerate(pairs))
+    taken = {}
+    for index, (layer, (key, value)) in enumerate(zip(layers, pairs, strict=False)):
+        heads, width = layer.num_key_value_heads, layer.head_dim
+        if heads <= key.shape[1] and width <= key.shape[3]:
+            taken[index] = key[:, :heads, :, :width], value[:, :heads, :, :width]
+    if not taken:
+        raise ConfigError(
+            f"Prefix tuning skipped every layer: all have more than the {key.shape[1]} heads of width {key.shape[3]} "
+            "that the prefix was made for."
+        )
+    skipped = sorted(set(range(len(pairs))) - taken.keys())
+    if skipped:
+        warnings.warn(
+            f"Prefix tuning is in layers {list(taken)}; skipped {skipped} due to KV shape mismatch or shared KV.",
+            stacklevel=2,
+        )
+    return taken

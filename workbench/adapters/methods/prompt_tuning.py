@@ -35,7 +35,7 @@ class PromptTuningConfig(PromptLearningConfig):
         tokenizer_kwargs: options of the tokenizer for TEXT.
     """
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_type: str | None = "PROMPT_TUNING"
     inits: ClassVar[type[StrEnum]] = PromptTuningInit
 
     prompt_tuning_init: str = PromptTuningInit.RANDOM
