@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -17,7 +17,8 @@ from workbench.errors import AdapterError, AdapterNameError, ConfigError, MergeE
 
 from .adapter import Part
 from .config import PeftConfig, TaskType
-from .inject import fill_defaults
+from .inject import embedding_of, fill_defaults
+from .methods.prefix_tuning import by_layer
 from .registry import by_peft_type
 from .tuner import Tuner
 from .virtual_tokens import PromptLearningConfig, VirtualTokens, text_config
@@ -81,21 +82,24 @@ class PromptTuner(Tuner):
         self.prompt_encoder[name] = encoder.to(next(self.model.parameters()).device)
         self.set_requires_grad(name, name in self.state.active and not config.inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
         super().delete_adapter(adapter_name)
-        del self.prompt_encoder[adapter_name]
+        for name in self.prompt_encoder.keys() - self.peft_config.keys():
+            del self.prompt_encoder[name]
         if not self.peft_config:
-            self._close()
+            for hook in self._hooks:
+                hook.remove()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise AdapterNameError(f"One prompt acts at a time, not {adapter_name}.")
         super().set_adapter(adapter_name, inference_mode)
 
-    def set_requires_grad(self, adapter_name: str, requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_name, requires_grad)
-        if adapter_name in getattr(self, "prompt_encoder", ()):
-            self.prompt_encoder[adapter_name].requires_grad_(requires_grad)
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in getattr(self, "prompt_encoder", ()):
+                self.prompt_encoder[name].requires_grad_(requires_grad)
 
     def parts(self, adapter_name: str) -> Iterator[tuple[str, Part]]:
         yield "", self.encoder(adapter_name)
@@ -109,17 +113,20 @@ class PromptTuner(Tuner):
         """
         raise MergeError("A prompt cannot be merged into the base weights.")
 
-    def _unwrap(self, merged: list[str]) -> nn.Module:
-        self._close()
-        return super()._unwrap(merged)
+    def unload(self) -> nn.Module:
+        """A prompt is not in the base model's layers; `delete_adapter` takes it off.
+
+        Raises:
+            AttributeError: always, as in peft.
+        """
+        raise AttributeError("A prompt method has no `unload`: `delete_adapter` takes the prompt off the base model.")
 
     # ---------------------------------------------------------------- the virtual tokens
 
     @property
     def word_embeddings(self) -> Any:
         """The base model's input embedding; None if it does not tell which one that is."""
-        model: Any = self.model
-        return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        return embedding_of(self.model)
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
@@ -159,15 +166,15 @@ class PromptTuner(Tuner):
 
     def _filled(self, cache: Any, rows: int) -> Cache:
         """A cache that starts with the keys and values of the prefix: an empty one, or a new one."""
+        text, dtype = text_config(self.model.config), cast(Any, self.model).dtype
         if cache is None:
-            text = text_config(self.model.config)
             cache = DynamicCache(config=text)
             if self.is_encoder_decoder:
                 cache = EncoderDecoderCache(cache, DynamicCache(config=text))
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         prefix: Any = self.encoder(self.state.active[0])
-        for layer, (key, value) in enumerate(prefix.keys_and_values(rows)):
-            own.update(key.to(self.model.dtype), value.to(self.model.dtype), layer)
+        for layer, (key, value) in by_layer(prefix.keys_and_values(rows), text).items():
+            own.update(key.to(dtype), value.to(dtype), layer)
         return cache
 
     # ---------------------------------------------------------------- how they enter
@@ -184,11 +191,6 @@ class PromptTuner(Tuner):
         if self.is_encoder_decoder:  # `generate` calls the encoder by itself
             return [(model, self._enter_decoder), (model.get_encoder(), self._enter_input)]
         return [(model, self._enter_input)]
-
-    def _close(self) -> None:
-        """Let nothing in any more."""
-        for hook in self._hooks:
-            hook.remove()
 
     @property
     def acts(self) -> bool:
