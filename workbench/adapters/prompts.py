@@ -105,7 +105,7 @@ class PromptTuner(Tuner):
         yield "", self.encoder(adapter_name)
         yield from super().parts(adapter_name)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Virtual tokens are input, not weights.
 
         Raises:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from workbench.errors import AdapterNameError, ConfigError, MergeError
 
@@ -94,7 +95,7 @@ class Tuner(nn.Module):
         """`after_step` under the name that it has in peft, for AdaLoRA."""
         self.after_step(global_step)
 
-    def layers(self) -> Iterator[tuple[str, TunerLayer]]:
+    def adapted_layers(self) -> Iterator[tuple[str, TunerLayer]]:
         """Every adapted layer, with its path in the base model."""
         seen: set[int] = set()
         for site in sites(self.model):
@@ -105,7 +106,7 @@ class Tuner(nn.Module):
 
     def parts(self, adapter_name: str) -> Iterator[tuple[str, Part]]:
         """All that an adapter holds, place by place, each with what its keys in a checkpoint start with."""
-        for path, layer in self.layers():
+        for path, layer in self.adapted_layers():
             if adapter_name in layer.adapters:
                 yield f"{self.key_prefix}{path}.", layer.adapter(adapter_name)
 
@@ -143,7 +144,7 @@ class Tuner(nn.Module):
 
     def upcast(self, adapter_name: str) -> None:
         """Turn an adapter's half-precision parameters and buffers into float32."""
-        adapters = [layer.adapter(adapter_name) for _, layer in self.layers() if adapter_name in layer.adapters]
+        adapters = [layer.adapter(adapter_name) for _, layer in self.adapted_layers() if adapter_name in layer.adapters]
         for adapter in adapters:
             for tensor in (*adapter.parameters(), *adapter.buffers()) if adapter.upcast else ():
                 if tensor.dtype in HALF:
@@ -187,7 +188,7 @@ class Tuner(nn.Module):
         for name in names:
             if name not in self.peft_config:
                 raise AdapterNameError(f"Adapter {name} does not exist; there are {list(self.peft_config)}.")
-        merged = {name for _, layer in self.layers() for name in layer.merged_adapters}.intersection(names)
+        merged = {name for _, layer in self.adapted_layers() for name in layer.merged_adapters}.intersection(names)
         if merged:
             raise MergeError(
                 f"Cannot delete adapter(s) {sorted(merged)} while they are merged. Please unmerge them first."
@@ -203,7 +204,7 @@ class Tuner(nn.Module):
 
     def take_off(self, adapter_name: str, paths: list[str] | None = None) -> None:
         """Remove an adapter from the layers at these paths (default: all), and wrappers that hold no other adapter."""
-        chosen = [layer for path, layer in self.layers() if paths is None or path in paths]
+        chosen = [layer for path, layer in self.adapted_layers() if paths is None or path in paths]
         for site in list(sites(self.model)):
             wrapper = site.wrapper
             if wrapper is not None and any(wrapper is layer for layer in chosen):
@@ -229,14 +230,16 @@ class Tuner(nn.Module):
         """Make one adapter, or several that fold in this order, the active ones; only these train."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_known(names)
-        if any(layer.merged for _, layer in self.layers()):
+        if any(layer.merged for _, layer in self.adapted_layers()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
-        for path, layer in self.layers():
+        for path, layer in self.adapted_layers():
             rivals = [name for name in names if name in layer.adapters and layer.adapter(name).exclusive]
             if len(rivals) > 1:
                 kind = f"{type(layer.adapter(rivals[0])).__name__}Wrapper"
-                raise AdapterNameError(f"Only one adapter can be set at a time for {kind}; at {path} there are {rivals}.")
+                raise AdapterNameError(
+                    f"Only one adapter can be set at a time for {kind}; at {path} there are {rivals}."
+                )
         self.activate(names)
         for name in self.peft_config:
             self.set_requires_grad(name, name in names and not inference_mode)
@@ -245,13 +248,13 @@ class Tuner(nn.Module):
         """Let these adapters act, on layers that were set by themselves as well."""
         self.state.active = names
         self._paused = []
-        for _, layer in self.layers():
+        for _, layer in self.adapted_layers():
             layer.follow()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of one adapter or several train or not, with the biases their configurations name."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for _, layer in self.layers():
+            for _, layer in self.adapted_layers():
                 if name in layer.adapters:
                     layer.adapters[name].requires_grad_(requires_grad)
             for bias in self.trained_biases(name).values():
@@ -295,7 +298,7 @@ class Tuner(nn.Module):
     def enable(self, enabled: bool) -> None:
         """Let the adapters act or not, on layers that were set by themselves as well. Those that do not act do not train
         either."""
-        layers = [layer for _, layer in self.layers()]
+        layers = [layer for _, layer in self.adapted_layers()]
         if self.state.enabled and not enabled:
             own = [p for layer in layers for p in layer.adapters.parameters()]
             self._paused = [p for p in own if p.requires_grad]
@@ -313,36 +316,48 @@ class Tuner(nn.Module):
         Raises:
             MergeError: a rule has no weights or, with `safe_merge`, a result is not finite. Nothing stays merged then.
         """
-        if adapter_names:
-            self.check_known(adapter_names)
-        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
-            raise MergeError("Cannot merge LORA layers when base model layers are replicated: they share weights.")
-        already = {n for _, layer in self.layers() for n in layer.merged_adapters}
+        self.check_mergeable(adapter_names)
+        already = {n for _, layer in self.adapted_layers() for n in layer.merged_adapters}
         if already >= set(adapter_names or self.active_adapters):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         try:
-            for _, layer in self.layers():
+            for _, layer in self.adapted_layers():
                 layer.merge(safe_merge, adapter_names)
         except MergeError:
             self.unmerge_adapter()
             raise
 
+    def check_mergeable(self, adapter_names: list[str] | None) -> None:
+        self.check_known(adapter_names or [])
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise MergeError("Cannot merge LORA layers when base model layers are replicated: they share weights.")
+
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit by bit."""
-        for _, layer in reversed(list(self.layers())):  # tied layers: the first one merged holds the oldest weights
+        # tied layers: the first one merged holds the oldest weights
+        for _, layer in reversed(list(self.adapted_layers())):
             layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Merge for good and return the plain base model."""
-        self.merge_adapter(adapter_names, safe_merge)
+        """Merge for good and return the plain base model. No layer's weights are kept twice.
+
+        Raises:
+            MergeError: as `merge_adapter`. Nothing is merged then.
+        """
+        self.check_mergeable(adapter_names)
+        layers = [layer for _, layer in self.adapted_layers()]
+        for layer in tqdm(layers, disable=not progressbar, desc="Checking", leave=False):
+            layer.changes(safe_merge, adapter_names)
+        for layer in tqdm(layers, disable=not progressbar, desc="Merging"):
+            layer.merge(adapter_names=adapter_names, keep=False)
         return self._unwrap(adapter_names or self.active_adapters)
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the plain base model with its own weights."""
         self.unmerge_adapter()
-        for _, layer in self.layers():
+        for _, layer in self.adapted_layers():
             layer.restore()
         return self._unwrap([])
 

@@ -107,6 +107,14 @@ class AdapterView(MutableMapping[str, Any], nn.Module):
         return f"{self._attribute}({dict(self)})"
 
 
+class ModuleView(AdapterView, nn.ModuleDict):
+    """A view of modules, such as `layer.lora_A`."""
+
+
+class ParameterView(AdapterView, nn.ParameterDict):
+    """A view of parameters, such as `layer.hada_w1_a`."""
+
+
 class Values(dict[str, Any]):
     """Plain values of all adapters of a layer as they are now, such as `layer.scaling`; a value that is set goes to the
     adapter too."""
@@ -152,8 +160,12 @@ class TunerLayer(nn.Module):
             adapter.to(dtype=weight.dtype)
         self.adapters[name] = adapter
         self.bring(name)
-        held = (*adapter.views, *adapter._modules, *adapter._parameters, *adapter._buffers)
-        self._views |= {view: AdapterView(self.adapters, view) for view in held if view not in self._views}
+        held = {
+            **dict.fromkeys((*adapter.views, *adapter._buffers), AdapterView),
+            **dict.fromkeys(adapter._modules, ModuleView),
+            **dict.fromkeys(adapter._parameters, ParameterView),
+        }
+        self._views = {name: view(self.adapters, name) for name, view in held.items()} | self._views
         adapter.own_weights, adapter.beside = self.own_weights, self.named_adapters
         if adapter.base_weight is not None:
             if self._original is None:
@@ -418,8 +430,8 @@ class TunerLayer(nn.Module):
         """What an adapter of a method that adds a weight adds to that of the base layer, as the layer stores it."""
         return base_ops.canonical(self.base_layer, cast(DeltaAdapter, self.adapter(adapter)).delta())
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the base weights. The weights before are kept, so that `unmerge` is exact to the bit.
+    def changes(self, safe_merge: bool, adapter_names: list[str] | None) -> tuple[list[str], dict[str, Tensor]]:
+        """The adapters that are to be merged, and the base layer's parameters with them, by name.
 
         Raises:
             MergeError: the rule has no weights, or `safe_merge` and the result is not finite.
@@ -428,16 +440,25 @@ class TunerLayer(nn.Module):
             n for n in adapter_names or self.active_adapters if n in self.adapters and n not in self.merged_adapters
         ]
         names = [n for n in wanted if self.adapter(n).mergeable]
-        if not names:
-            return
         changed: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in names:
                 changed |= self.adapter(name).merged_parameters(self.base_layer, changed)
                 if safe_merge and not all(tensor.isfinite().all() for tensor in changed.values()):
                     raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        before = {key: self.base_layer.get_parameter(key).detach().clone() for key in changed}
-        self._unmerged = before | self._unmerged
+        return names, changed
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
+        """Write adapters into the base weights. The weights before are kept, so that `unmerge` is exact to the bit, unless
+        it is for good.
+
+        Raises:
+            MergeError: as `changes`.
+        """
+        names, changed = self.changes(safe_merge, adapter_names)
+        if keep:
+            before = {key: self.base_layer.get_parameter(key).detach().clone() for key in changed}
+            self._unmerged = before | self._unmerged
         self._write(changed)
         self.merged_adapters += names
 
