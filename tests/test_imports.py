@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"adapters", "training", "tracking", "sweep", "dashboards"},
     "__main__": {"cli"},
 }
-ADAPTERS_MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"} | sys.stdlib_module_names
+ADAPTERS_MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm"} | sys.stdlib_module_names
 HEAVY = {"torch", "transformers", "datasets", "mlflow", "optuna", "streamlit", "pandas", "sklearn"}
 
 

@@ -9,7 +9,8 @@ WorkbenchError
 │   ├── ConfigError          a configuration field has a value that the method refuses
 │   │   └── ConfigTypeError  the value is of another type than the field (also a TypeError)
 │   ├── TargetError          no module of the base model matches, or it is of a kind the method cannot adapt
-│   │   └── LayerKindError   layers are of a kind that a function is not for (also a TypeError)
+│   │   ├── LayerKindError   layers are of a kind that a function is not for (also a TypeError)
+│   │   └── NoMatchingPeftModuleError  no module of the base model matches
 │   ├── AdapterNameError     an adapter name is unknown, taken or malformed
 │   ├── MergeError           merging is impossible or would write non-finite weights (also a NotImplementedError)
 │   └── CheckpointError      an adapter file is missing, damaged, unsafe or made for another base
@@ -88,6 +89,10 @@ class TargetError(ConfigError):
 
 class LayerKindError(TargetError, TypeError):
     """Layers, or what is on them, are of a kind that a function is not made for."""
+
+
+class NoMatchingPeftModuleError(TargetError):
+    """No module of the base model is what a configuration names."""
 
 
 class AdapterNameError(AdapterError):

@@ -250,6 +250,25 @@ CASES = [
     _lora("mlp-mica", models.mlp, target_modules=["emb", "layers.0"], r=4, init_lora_weights="mica"),
     _lora("bert-eva", models.bert_classifier, r=4, init_lora_weights="eva"),
     _lora("conv-lora-ga", models.conv_net, target_modules=["conv1", "head"], r=4, init_lora_weights="lora_ga"),
+    _lora(
+        "llama-alora",
+        models.llama_untied,
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj", "down_proj"],
+        alora_invocation_tokens=[TOKENS[0]],
+        other={"alora_invocation_tokens": [TOKENS[1]]},
+        together=False,
+        merges=False,
+    ),
+    _lora("bert-kasa", models.bert_classifier, r=4, kasa_config={}, other=None, starts_as_base=False, keeps_base=False),
+    _lora(
+        "bert-bdlora",
+        models.bert_classifier,
+        target_modules=["query", "dense"],
+        use_bdlora={"target_modules_bd_a": ["query"], "target_modules_bd_b": ["intermediate"], "match_strict": False}
+        | {"nblocks": 4},
+    ),
+    _lora("bert-velora", models.bert_classifier, r=4, velora_config={"num_groups": 5, "init_type": "random"}),
     _adalora("bert-seq-cls", models.bert_classifier, task_type="SEQ_CLS", init_r=4, target_r=2),
     _adalora("bert-no-task", models.bert_classifier, lora_alpha=3),
     _adalora(

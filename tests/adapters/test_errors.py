@@ -256,7 +256,7 @@ def test_delete_while_merged() -> None:
 def test_merge_of_non_finite_weights() -> None:
     model = adapted()
     with torch.no_grad():
-        list(model.base_model.layers())[-1][1].lora_B["default"].weight.fill_(float("nan"))
+        list(model.base_model.adapted_layers())[-1][1].lora_B["default"].weight.fill_(float("nan"))
     with refused(model, MergeError):
         model.merge_adapter(safe_merge=True)
     with refused(model, MergeError):

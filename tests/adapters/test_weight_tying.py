@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from workbench import adapters
 
@@ -99,3 +100,13 @@ def test_tied_parameters_are_one() -> None:
     embedding, head = ours.get_base_model().model.embed_tokens, ours.get_base_model().lm_head
     exactly(head.lora_A["default"].weight, embedding.lora_embedding_B["default"].T)
     exactly(head.lora_B["default"].weight, embedding.lora_embedding_A["default"].T)
+
+
+def test_a_model_without_text_has_nothing_to_tie() -> None:
+    """transformers' vision models raise when they are asked for their input embedding."""
+    base = ResNetForImageClassification(ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1]))
+    with pytest.raises(NotImplementedError):
+        base.get_input_embeddings()
+    config = adapters.LoraConfig(target_modules=["convolution"], modules_to_save=["classifier", "normalization"])
+    model = adapters.get_peft_model(base, config)
+    assert model(pixel_values=torch.ones(2, 3, 32, 32)).logits.requires_grad

@@ -393,7 +393,7 @@ def test_divergence_and_combinations_that_do_not_fit(lab):
     diverged, infeasible = by_label["diverged"], by_label["infeasible"]
     assert (diverged.info.status, infeasible.info.status) == ("FAILED", "KILLED")
     assert "learning rate 1e+30; try a lower learning_rate" in diverged.data.tags["workbench.message"]
-    assert "not found in the base model" in infeasible.data.tags["workbench.message"]
+    assert "No modules were targeted" in infeasible.data.tags["workbench.message"]
     assert infeasible.data.params["narrow.target_modules"] == infeasible.data.params["narrow.exclude_modules"]
 
 

@@ -3,9 +3,30 @@
 Names, signatures and files are those of huggingface peft 0.21.2; the implementation is this package's own.
 """
 
-from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+from workbench.errors import AdapterError as PeftError
+from workbench.errors import NoMatchingPeftModuleError, PeftWarning
+
+from .arrow_model import create_arrow_model
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from .base_state import get_base_model_state_dict, set_base_model_state_dict
+from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .config import PeftConfig, TaskType
 from .convert import convert_to_lora, save_as_lora
+from .functional import inject_adapter_in_model
+from .intruders import reduce_intruder_dimension
+from .kv_prefix import (
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
 from .methods.adalora import AdaLoraConfig
 from .methods.adaption_prompt import AdaptionPromptConfig
 from .methods.corda import preprocess_corda
@@ -16,6 +37,7 @@ from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig, LoraRuntimeConfig
 from .methods.lora_ga import preprocess_loraga
 from .methods.lora_init import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from .methods.lora_options import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from .methods.multitask_prompt_tuning import (
     MultitaskPromptEmbedding,
     MultitaskPromptTuningConfig,
@@ -25,6 +47,7 @@ from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderR
 from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .methods.trainable_tokens import TrainableTokensConfig
+from .mixed import PeftMixedModel
 from .model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -35,27 +58,68 @@ from .model import (
     PeftModelForTokenClassification,
     get_peft_model,
 )
-from .registry import METHODS
+from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from .precision import cast_mixed_precision_params, prepare_model_for_kbit_training
+from .registry import (
+    METHODS,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PeftType,
+    get_peft_config,
+)
 from .status import get_layer_status, get_model_status
+from .tuner import (
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    AdaLoraModel,
+    AdaptionPromptModel,
+    IA3Model,
+    LoHaModel,
+    LoKrModel,
+    LoraModel,
+    TrainableTokensModel,
+)
 from .virtual_tokens import PromptLearningConfig
 
 __all__ = [
     "METHODS",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdaLoraConfig",
+    "AdaLoraModel",
     "AdaptionPromptConfig",
+    "AdaptionPromptModel",
+    "ArrowConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
     "IA3Config",
+    "IA3Model",
+    "KasaConfig",
     "LoHaConfig",
+    "LoHaModel",
     "LoKrConfig",
+    "LoKrModel",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
+    "LoraModel",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
     "MultitaskPromptEmbedding",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -63,6 +127,8 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "PeftType",
+    "PeftWarning",
     "PrefixEncoder",
     "PrefixTuningConfig",
     "PromptEmbedding",
@@ -74,15 +140,31 @@ __all__ = [
     "PromptTuningInit",
     "TaskType",
     "TrainableTokensConfig",
+    "TrainableTokensModel",
+    "VeloraConfig",
+    "cast_mixed_precision_params",
     "convert_to_lora",
+    "create_arrow_model",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
+    "reduce_intruder_dimension",
     "save_as_lora",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

@@ -59,6 +59,9 @@ class Adapter(Part):
         own_weights: gives the canonical weight and the bias of the layer itself, even while adapters are merged into
             it; there once the adapter is on a layer.
         beside: gives all adapters of the layer by name; there once the adapter is on a layer.
+        shown: gives what users reach on the layer by name; there once the adapter is on a layer.
+        leader: the adapter of another layer that this one only goes along with. Users reach on its layer what they
+            reach on that one.
     """
 
     views: ClassVar[tuple[str, ...]] = ()
@@ -70,6 +73,11 @@ class Adapter(Part):
     base_weight: Tensor | None = None
     own_weights: Callable[[], tuple[Tensor, Tensor | None]]
     beside: Callable[[], dict[str, Adapter]]
+    shown: Callable[[str], Any]
+
+    @property
+    def leader(self) -> Adapter | None:
+        return None
 
     def kind(self, layer: nn.Module) -> str:
         """What peft calls a layer with such an adapter, e.g. `loha.Linear`."""
@@ -109,11 +117,18 @@ class Adapter(Part):
         """
         raise MergeError(f"{type(self).__name__} cannot be merged into the base weights.")
 
+    def check_merge(self, name: str, others: dict[str, Adapter]) -> None:
+        """Refuse to be merged, under its name, into weights that hold these others already.
+
+        Raises:
+            MergeError: what they do together is not defined.
+        """
+
     def merged_parameters(self, layer: base_ops.Layer, changed: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's parameters with the adapter in them, by name; `changed`: those that others changed before."""
-        weight = base_ops.canonical(layer, changed.get("weight", layer.weight).detach())
+        before = base_ops.canonical(layer, changed["weight"]) if "weight" in changed else base_ops.read_weight(layer)
         bias = changed.get("bias", getattr(layer, "bias", None))
-        weight, bias = self.merged(weight, None if bias is None else bias.detach())
+        weight, bias = self.merged(before.detach(), None if bias is None else bias.detach())
         merged = {"weight": base_ops.canonical(layer, weight)}
         return merged if bias is None else merged | {"bias": bias}
 

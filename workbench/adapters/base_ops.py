@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import MergeError
 
+from . import quantised
+
 Layer: TypeAlias = Any  # a module of one of the kinds below; nn.Module says nothing of weight and bias
 
 LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
@@ -41,15 +43,31 @@ def kind_of(layer: nn.Module) -> str | None:
     return next((kind for cls, kind in _KINDS.items() if isinstance(layer, cls)), named)
 
 
+def name_of(layer: nn.Module) -> str:
+    """What peft calls the kind of a layer: that of torch which it is or acts as, or bitsandbytes' own."""
+    kind = kind_of(layer)
+    if kind is None or quantised.backend(layer):
+        return type(layer).__name__
+    return LINEAR if kind == CONV1D else kind
+
+
 def features(layer: Layer) -> tuple[int, int]:
     """`(in, out)` of a layer."""
+    if quantised.backend(layer):
+        return layer.in_features, layer.out_features
     out, inner, *_ = read_weight(layer).shape
     return inner * getattr(layer, "groups", 1), out
 
 
 def read_weight(layer: Layer) -> Tensor:
-    """The canonical weight, a view of the layer's own."""
-    return canonical(layer, layer.weight)
+    """The canonical weight: a view of the layer's own, or a copy of what a quantised one stands for."""
+    return canonical(layer, numbers(layer, layer.weight))
+
+
+def numbers(layer: Layer, weight: Tensor) -> Tensor:
+    """What a weight stands for, that the layer has or that `keep` returned; itself unless it is quantised."""
+    backend = quantised.backend(layer)
+    return weight if backend is None else backend.read(layer, weight)
 
 
 def canonical(layer: Layer, weight: Tensor) -> Tensor:
@@ -57,12 +75,32 @@ def canonical(layer: Layer, weight: Tensor) -> Tensor:
     return weight.T if kind_of(layer) in _TRANSPOSED else weight
 
 
-@torch.no_grad()
 def write(layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
-    """Overwrite canonical weight and bias in place, so that a tied layer sees them too."""
-    read_weight(layer).copy_(weight)
+    """Overwrite canonical weight and bias."""
+    put(layer, "weight", canonical(layer, weight))
     if bias is not None:
-        layer.bias.copy_(bias)
+        put(layer, "bias", bias)
+
+
+def keep(layer: Layer, name: str) -> Tensor:
+    """One of the layer's parameters, for `put` to bring back, to the bit."""
+    backend = quantised.backend(layer)
+    if name == "weight" and backend:
+        return backend.keep(layer)
+    return layer.get_parameter(name).detach().clone()
+
+
+@torch.no_grad()
+def put(layer: Layer, name: str, value: Tensor) -> None:
+    """Overwrite one of the layer's parameters, as the layer stores it, in place so that a tied layer sees it too. A
+    quantised weight is replaced."""
+    backend = quantised.backend(layer)
+    if name != "weight" or not backend:
+        layer.get_parameter(name).copy_(value)
+    elif type(value) is type(layer.weight):
+        backend.put_back(layer, value)
+    else:
+        backend.write(layer, value)
 
 
 def channels_last(layer: nn.Module) -> bool:

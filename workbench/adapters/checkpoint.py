@@ -16,8 +16,9 @@ from workbench.errors import CheckpointError, MismatchError
 
 from .adapter import Slot
 from .hub import locate
-from .inject import Site, input_embedding, is_target, sites
 from .injected import tuner_of
+from .matching import Site, input_embedding, is_target, sites
+from .sharded import values_from
 from .tuner import Tuner
 from .tuner_layer import TunerLayer
 
@@ -25,28 +26,30 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # the layers that peft looks for when it saves embeddings by itself
 
 
-def read_weights(source: str | Path, device: str = "cpu", **hub: Any) -> dict[str, Tensor]:
-    """The tensors of `adapter_model.safetensors`.
+def load_peft_weights(
+    model_id: str | Path, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """The tensors of `adapter_model.safetensors`, by checkpoint key.
+
+    Args:
+        model_id: folder or hub id of the adapter.
+        device: where they are read to; default: CPU.
+        key_mapping: regular expressions; of those that occur in the base model's path the first is replaced by its
+            value.
+        hub: `subfolder`, and what `hf_hub_download` takes.
 
     Raises:
         CheckpointError: the file is missing, pickled or damaged.
     """
-    return read_file(locate(source, WEIGHTS_NAME, **hub), device)
+    tensors = read_file(locate(model_id, WEIGHTS_NAME, **hub), device or "cpu")
+    return {_mapped(key, key_mapping or {}): tensor for key, tensor in tensors.items()}
 
 
-def renamed(tensors: dict[str, Tensor], key_mapping: dict[str, str] | None) -> dict[str, Tensor]:
-    """Checkpoint tensors under new keys: of the regular expressions in `key_mapping`, the first that occurs in the base
-    model's path is replaced by its value."""
-    if not key_mapping:
-        return tensors
-
-    def new(key: str) -> str:
-        prefix = next((start for start in ("base_model.model.", "base_model.") if key.startswith(start)), "")
-        path = key.removeprefix(prefix)
-        names = (re.subn(pattern, value, path) for pattern, value in key_mapping.items())
-        return prefix + next((name for name, count in names if count), path)
-
-    return {new(key): tensor for key, tensor in tensors.items()}
+def _mapped(key: str, key_mapping: dict[str, str]) -> str:
+    prefix = next((start for start in ("base_model.model.", "base_model.") if key.startswith(start)), "")
+    path = key.removeprefix(prefix)
+    names = (re.subn(pattern, value, path) for pattern, value in key_mapping.items())
+    return prefix + next((name for name, count in names if count), path)
 
 
 def read_file(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -83,11 +86,17 @@ def get_peft_model_state_dict(
     """The tensors of one adapter, by their names in a checkpoint (which hold no adapter name).
 
     Args:
+        state_dict: values to take instead of the model's own, by the names in `model.state_dict()`.
         save_embedding_layers: also save the embedding layers; "auto": if they are targets, or the vocabulary was
             resized.
     """
     tuner = tuner_of(getattr(model, "_orig_mod", model) if unwrap_compiled else model)
     tuner.check_known([adapter_name])
+    if state_dict is not None:
+        owners = [site.module for site in sites(tuner.model)]
+        owners += [owner for _, part in tuner.parts(adapter_name) for owner, _ in part.slots().values()]
+        with values_from(state_dict, model, owners):
+            return get_peft_model_state_dict(model, None, adapter_name, unwrap_compiled, save_embedding_layers)
     tensors: dict[str, Tensor] = {}
     for start, part in tuner.parts(adapter_name):
         tensors |= {start + name: tensor for name, tensor in part.saved().items()}
@@ -100,8 +109,6 @@ def get_peft_model_state_dict(
         )
     elif save_embedding_layers:
         tensors |= {tuner.key_prefix + name: tensor for name, tensor in _embedding_tensors(tuner, adapter_name).items()}
-    if state_dict is not None:
-        tensors = {key: state_dict.get(key, tensor) for key, tensor in tensors.items()}
     return tensors
 
 
@@ -222,7 +229,7 @@ def fill_all(tuner: Tuner, adapter_name: str, places: list[tuple[Slot, Tensor]])
     """Copy an adapter's tensors into their places, and what was on the meta device to where its layers are."""
     for slot, tensor in places:
         fill(slot, tensor)
-    for _, layer in tuner.layers():
+    for _, layer in tuner.adapted_layers():
         layer.bring(adapter_name)
 
 

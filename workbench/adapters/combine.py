@@ -58,6 +58,8 @@ def add_weighted_adapter(
         raise AdapterNameError(f"add_weighted_adapter needs a weight for each adapter, got {adapters} and {weights}.")
     check_one_each(tuner, adapters)
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
+    if any(getattr(config, "target_parameters", None) for config in configs):
+        raise ConfigError("add_weighted_adapter does not support targeting nn.Parameter.", "target_parameters")
     changed: dict[str, Any] = {"target_modules": union([config.target_modules for config in configs])}
     factors = dict(zip(adapters, weights, strict=True))
     if configs[0].peft_type == "IA3":
@@ -69,8 +71,6 @@ def add_weighted_adapter(
         return
     if configs[0].peft_type != "LORA":
         raise ConfigError(f"Adapters of type {configs[0].peft_type} cannot be combined.")
-    if any(getattr(config, "target_parameters", None) for config in configs):
-        raise ConfigError("add_weighted_adapter does not support targeting nn.Parameter.", "target_parameters")
     kind = "linear" if len(adapters) == 1 else combination_type
     thins_out = kind.removesuffix("_svd") in MERGES and kind != "linear"
     if thins_out and (density is None or density < 0):
@@ -99,14 +99,17 @@ def add_weighted_adapter(
 
 def check_one_each(tuner: Tuner, adapters: list[str]) -> None:
     """Refuse modules that several of the adapters train as a whole."""
-    for path, layer in tuner.layers():
-        whole = [name for name in adapters if name in layer.adapters and layer.adapter(name).replaces]
-        if len(whole) > 1:
-            raise ConfigError(
-                "Cannot add weighted adapters if they target the same module with modules_to_save: "
-                f"{path} is trained as a whole by {whole}.",
-                "modules_to_save",
-            )
+    shared = [
+        path
+        for path, layer in tuner.adapted_layers()
+        if sum(name in layer.adapters and layer.adapter(name).replaces for name in adapters) > 1
+    ]
+    if shared:
+        raise ConfigError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s). Several of them train {', '.join(shared)}.",
+            "modules_to_save",
+        )
 
 
 def union(targets: list[set[str] | str]) -> set[str] | str:
@@ -136,10 +139,10 @@ def new_rank(kind: str, ranks: list[int], svd_rank: int | None) -> int:
 
 
 def layers_with(tuner: Tuner, new: str, factors: dict[str, float]) -> list[tuple[TunerLayer, dict[str, float]]]:
-    """The layers that the new adapter is on, each with those of the combined adapters that are on it too."""
+    """The layers that the new adapter adapts, each with those of the combined adapters that are on it too."""
     found = []
-    for _, layer in tuner.layers():
-        if new in layer.adapters and not layer.adapter(new).replaces:
+    for _, layer in tuner.adapted_layers():
+        if new in layer.adapters and not layer.adapter(new).exclusive:
             found.append((layer, {name: weight for name, weight in factors.items() if name in layer.adapters}))
     return found
 

@@ -3,17 +3,19 @@ singular values."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor
+from tqdm import tqdm
 
-from workbench.errors import ConfigError, TargetError
+from workbench.errors import ConfigError, LayerKindError, MergeError
 
 from . import base_ops
+from .adapter import DeltaAdapter
 from .checkpoint import write_weights
 from .config import TargetConfig
 from .methods.lora import LoraConfig
@@ -31,13 +33,24 @@ def update_of(layer: TunerLayer, name: str) -> Tensor | None:
     """What an adapter adds to the canonical weight of a linear layer, `(out, in)` in float64; None if it does anything
     else."""
     adapter = layer.adapter(name)
-    if base_ops.kind_of(layer.base_layer) not in KINDS or not adapter.mergeable:
+    if base_ops.kind_of(layer.base_layer) not in KINDS or not isinstance(adapter, DeltaAdapter):
         return None
     weight, bias = layer.own_weights()
-    merged, merged_bias = adapter.merged(weight.detach().double(), bias)
+    try:
+        merged, merged_bias = adapter.merged(weight.detach().double(), bias)
+    except MergeError:
+        return None
     if bias is not None and merged_bias is not None and not torch.equal(bias, merged_bias):
         return None
     return merged - layer.original_weight().double()
+
+
+def supports_lora_conversion(model: PeftModel, adapter_name: str = "default") -> bool:
+    """Whether `convert_to_lora` takes an adapter of the model."""
+    tuner = model.base_model
+    layers = [layer for _, layer in tuner.adapted_layers() if adapter_name in layer.adapters]
+    layers = [layer for layer in layers if not layer.adapter(adapter_name).replaces]
+    return bool(layers) and all(update_of(layer, adapter_name) is not None for layer in layers)
 
 
 def factors(update: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
@@ -79,7 +92,7 @@ def convert_to_lora(
     Raises:
         AdapterNameError: there is no such adapter.
         ConfigError: the rank is zero, no share, or larger than a layer.
-        TargetError: the adapter changes something else than weights of linear layers.
+        LayerKindError: the adapter changes something else than weights of linear layers.
     """
     if rank == 0:
         raise ConfigError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
@@ -89,15 +102,19 @@ def convert_to_lora(
         )
     tuner = model.base_model
     if not isinstance(tuner, Tuner):
-        raise TargetError("Could not detect any layer that supports LoRA conversion: this is no PeftModel.")
+        raise LayerKindError("Could not detect any layer that supports LoRA conversion: this is no PeftModel.")
     tuner.check_known([adapter_name])
     source: Any = model.peft_config[adapter_name]
+    if source.peft_type == LoraConfig.peft_type:
+        warnings.warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter; no need for that.", stacklevel=2
+        )
     if getattr(source, "bias", "none") != "none":
         raise ConfigError(f"The adapter trains biases of the base model (bias={source.bias!r}), which stay behind.")
     factorise = factors if compile_kwargs is None else torch.compile(factors, **compile_kwargs)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for path, layer in tqdm(list(tuner.layers()), desc="Converting to LoRA", disable=not progressbar):
+    for path, layer in tqdm(list(tuner.adapted_layers()), desc="Converting to LoRA", disable=not progressbar):
         if adapter_name not in layer.adapters:
             continue
         adapter, prefix = layer.adapter(adapter_name), f"{tuner.key_prefix}{path}."
@@ -106,14 +123,14 @@ def convert_to_lora(
             continue
         update = update_of(layer, adapter_name)
         if update is None:
-            raise TargetError(
+            raise LayerKindError(
                 f"Some module types on this model do not support LoRA conversion: {type(adapter).__name__} on {path}."
             )
         lora_A, lora_B = (factor.to(next(adapter.parameters()).dtype) for factor in factorise(update, rank))
         tensors |= {f"{prefix}lora_A.weight": lora_A, f"{prefix}lora_B.weight": lora_B}
         ranks[path] = len(lora_A)
     if not ranks:
-        raise TargetError("Could not detect any layer that supports LoRA conversion.")
+        raise LayerKindError("Could not detect any layer that supports LoRA conversion.")
 
     same = {f.name: getattr(source, f.name) for f in fields(TargetConfig) if hasattr(source, f.name)}
     if isinstance(rank, int):

@@ -132,3 +132,7 @@ ADALORA_TARGETS: dict[str, list[str] | str] = {
 }
 
 ADAPTION_PROMPT_TARGETS: dict[str, list[str] | str] = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
+
+# a Mamba layer reads the weights of these modules without running them, so an adapter there would do nothing
+MAMBA_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+MAMBA_MODULES = {"out_proj", "conv1d"}

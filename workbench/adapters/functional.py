@@ -13,8 +13,9 @@ from workbench.errors import ConfigError
 
 from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from .config import PeftConfig
-from .inject import fill_defaults, is_target, sites
+from .inject import fill_defaults
 from .injected import InjectedTuner, tuner_of
+from .matching import is_target, sites
 from .registry import by_peft_type
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workbench.errors import AdapterError, ConfigError, MergeError, MismatchError
 
-from .checkpoint import base_slots, read_weights
+from .checkpoint import base_slots, load_peft_weights
 from .config import PeftConfig, pattern_value
 from .injected import tuner_of
 from .methods.lora import Lora, LoraConfig
@@ -44,7 +44,7 @@ def hotswap_adapter(
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
     prefix = by_peft_type(config.peft_type).prefix
-    tensors = read_weights(model_name_or_path, torch_device or "cpu", **kwargs)
+    tensors = load_peft_weights(model_name_or_path, torch_device, **kwargs)
     held = {_held_key(key, adapter_name, prefix): tensor for key, tensor in tensors.items()}
     hotswap_adapter_from_state_dict(model, held, adapter_name, config, prefix)  # type: ignore[arg-type]
 
@@ -83,7 +83,7 @@ def hotswap_adapter_from_state_dict(
         MismatchError, MergeError: as `hotswap_adapter`. Nothing is swapped then.
     """
     tuner = tuner_of(model)
-    layers = {path: layer for path, layer in tuner.layers() if adapter_name in layer.adapters}
+    layers = {path: layer for path, layer in tuner.adapted_layers() if adapter_name in layer.adapters}
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise MergeError(f"Cannot hot-swap adapter {adapter_name!r} while it is merged; call unmerge_adapter first.")
     own: dict[str, tuple[TunerLayer, Tensor]] = {}

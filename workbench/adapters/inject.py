@@ -3,95 +3,42 @@ then the model is changed, so a refused configuration leaves nothing behind."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from workbench.errors import ConfigError, TargetError
+from workbench.errors import ConfigError, NoMatchingPeftModuleError, TargetError
 
-from . import base_ops
+from . import base_ops, defaults
 from .adapter import Adapter
 from .config import PeftConfig, TaskType, name_set, pattern_value
+from .empty import init_empty_weights
+from .experts import layers_of_parameters, target_stacked
+from .matching import (
+    Site,
+    get_model_config,
+    input_embedding,
+    is_excluded,
+    is_target,
+    minimal_names,
+    named,
+    sites,
+    unique,
+)
 from .methods.modules_to_save import ModulesToSave
-from .methods.trainable_tokens import TiedTokens, TrainableTokens, TrainableTokensConfig, check_indices
+from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig, check_indices
 from .registry import Method, by_peft_type
 from .tuner_layer import AdapterState, TunerLayer
+from .tying import tie, tie_tokens, tied_group
 from .virtual_tokens import PromptLearningConfig
 
 HEADS = ("classifier", "score")  # how transformers names the heads of classification models
 ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module of the base model: its path without wrappers, what holds it, and itself (bare, without wrapper)."""
-
-    path: str
-    parent: nn.Module
-    name: str
-    module: base_ops.Layer
-
-    @property
-    def wrapper(self) -> TunerLayer | None:
-        """The wrapper that stands there already, if any."""
-        held = getattr(self.parent, self.name)
-        return held if isinstance(held, TunerLayer) else None
-
-
-def sites(model: nn.Module) -> Iterator[Site]:
-    """Every module of the base model, each under every path that leads to it, looking through wrappers."""
-
-    def walk(parent: nn.Module, prefix: str) -> Iterator[Site]:
-        for name, child in parent.named_children():
-            bare = child.base_layer if isinstance(child, TunerLayer) else child
-            site = Site(f"{prefix}{name}", parent, name, bare)
-            yield site
-            yield from walk(bare, f"{site.path}.")
-
-    return walk(model, "")
-
-
-def named(path: str, names: Any) -> bool:
-    """Whether a path is meant by names: one regular expression for whole paths, or exact names and suffixes."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return path in names or any(path.endswith(f".{name}") for name in names)
-
-
-def layer_index(path: str, patterns: list[str] | str | None) -> int | None:
-    """The number of the transformer layer that a module lies in; the first number counts, not that of an expert."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns or [r"[^.]*"]:
-        prefix = r"(?:^|.*?\.)" if patterns else r".*?\."
-        match = re.match(rf"{prefix}{pattern}\.(\d+)\.", path)
-        if match:
-            return int(match[1])
-    return None
-
-
-def is_target(config: Any, path: str) -> bool:
-    """Whether the configuration names this module as a target and does not exclude it."""
-    if getattr(config, "target_modules", None) is None:
-        return False
-    if getattr(config, "exclude_modules", None) and named(path, config.exclude_modules):
-        return False
-    saved = getattr(config, "modules_to_save", None) or ()
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in saved):
-        return False
-    if not named(path, config.target_modules):
-        return False
-    wanted = getattr(config, "layers_to_transform", None)
-    if wanted is None or wanted == [] or path in config.target_modules:
-        return True
-    return layer_index(path, config.layers_pattern) in ([wanted] if isinstance(wanted, int) else wanted)
+LONG_LIST = 20  # from so many target modules on, a shorter list is looked for
 
 
 def choose(config: Any, everything: list[Site]) -> list[Site]:
@@ -109,11 +56,20 @@ def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
     heads = (
         {head for head in HEADS if hasattr(model, head)} if output is None and task_type == TaskType.SEQ_CLS else set()
     )
+    outputs = {id(output), *(id(site.module) for site in tied_group(model))}
     return {
         site.path
         for site in sites(model)
-        if isinstance(site.module, (nn.Linear, Conv1D)) and site.module is not output and site.path not in heads
+        if isinstance(site.module, (nn.Linear, Conv1D)) and id(site.module) not in outputs and site.path not in heads
     }
+
+
+def include_all_linear(config: Any, model: nn.Module) -> Any:
+    """The configuration, with the paths of all linear layers in place of "all-linear"."""
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        config.target_modules = all_linear(model, config.task_type)
+    return config
 
 
 def fill_defaults(config: Any, method: Method, model: nn.Module) -> None:
@@ -122,7 +78,11 @@ def fill_defaults(config: Any, method: Method, model: nn.Module) -> None:
     if isinstance(config, PromptLearningConfig):
         config.fill_sizes(getattr(model, "config", None))
         return
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = get_model_config(model).get("model_type")
+    stacked = layers_of_parameters(model) if method.parameters is not None else {}
+    names = target_names(model, config, stacked) if stacked and config.target_modules else set()
+    if names:
+        target_stacked(config, names, stacked)
     targets = getattr(config, "target_modules", None)
     if isinstance(config, TrainableTokensConfig):
         if targets is None:
@@ -133,42 +93,31 @@ def fill_defaults(config: Any, method: Method, model: nn.Module) -> None:
         if model_type not in method.targets:
             raise TargetError(
                 "Please specify `target_modules` in `peft_config`: there is no default for "
-                f"{model_type or type(model).__name__}. The model has {suggestions(model, method)}.",
+                f"{type(model).__name__}. The model has {suggestions(model, method)}.",
                 "target_modules",
             )
         config.target_modules = name_set(method.targets[model_type], "target_modules")
-    elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        config.target_modules = all_linear(model, config.task_type)
+    include_all_linear(config, model)
     if hasattr(config, "fill_defaults"):
         config.fill_defaults(model_type)
 
 
-def input_embedding(model: Any) -> Site:
-    """Where the model's input embedding lies."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if isinstance(embedding, TunerLayer):
-        embedding = embedding.base_layer
-    for site in sites(model):
-        if site.module is embedding or (embedding is None and site.name == "embed_tokens"):
-            return site
-    raise TargetError(
-        "The model has no input embedding that can be found; name it in `target_modules`.", "target_modules"
-    )
-
-
-def tied_layers(model: nn.Module, embedding: base_ops.Layer) -> list[Site]:
-    """The other layers that share the weight of an embedding, in models that declare them tied."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not (getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)):
-        return []
-    return [
-        site
-        for site in sites(model)
-        if isinstance(site.module, (nn.Linear, nn.Embedding))
-        and site.module.weight is embedding.weight
-        and site.module is not embedding
-    ]
+def target_names(model: nn.Module, config: Any, stacked: dict[str, tuple[str, ...]]) -> set[str]:
+    """The last names of the modules that a configuration targets, among them layers that became parameters
+    (`experts`)."""
+    targets = config.target_modules
+    if not isinstance(targets, str):
+        return targets
+    if targets.lower() == ALL_LINEAR:
+        paths = all_linear(model, config.task_type).union(*stacked.values())
+    else:
+        paths = set()
+        for site in sites(model):
+            own = [name for name, _ in site.module.named_parameters(recurse=False)]
+            layers = [name for parameter in own for name in stacked.get(parameter, ())]
+            paths |= {site.path, *(f"{site.path}.{name}" for name in own + layers)}
+        paths = {path for path in paths if is_target(config, path)}
+    return {path.rpartition(".")[2] for path in paths}
 
 
 def suggestions(model: nn.Module, method: Method) -> str:
@@ -192,7 +141,10 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
     method = by_peft_type(config.peft_type)
     fill_defaults(config, method, model)
     everything = list(sites(model))
+    shorten(config, everything)
     targets = choose(config, everything)
+    if get_model_config(model).get("model_type") in defaults.MAMBA_MODELS:
+        check_mamba(targets, config)
     for site in targets:
         if base_ops.kind_of(site.module) not in method.kinds:
             raise TargetError(
@@ -204,10 +156,13 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
     of_parameters = [site for site in everything if parameter_names(site, config)]
     check_parameters(model, config, targets, of_parameters)
     if not targets and not of_parameters and method.kinds:
-        raise TargetError(
-            f"Target modules {config.target_modules} not found in the base model"
-            f"{_narrowed(config)}. The model has {suggestions(model, method)}.",
-            "target_modules",
+        raise no_match(model, config, method, everything)
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and not any(named(site.path, excluded) for site in everything):
+        warnings.warn(
+            f"You have passed exclude_modules={excluded} but no modules were excluded. Please check that "
+            "exclude_modules was set correctly.",
+            stacklevel=2,
         )
     found = [(site, "target") for site in unique(targets)]
     found += [(site, "parameters") for site in unique(of_parameters)]
@@ -216,9 +171,8 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
     for name in token_targets(model, config):
         matched = [s for s in everything if s.path.endswith(name) and base_ops.kind_of(s.module) in TOKEN_KINDS]
         if not matched:
-            raise TargetError(
-                f"Target modules {name!r} of trainable_token_indices not found in the base model.",
-                "trainable_token_indices",
+            raise NoMatchingPeftModuleError(
+                f"Target modules { ({name}) } not found in the base model.", "trainable_token_indices"
             )
         if any(id(s.module) in taken for s in matched):
             raise ConfigError(
@@ -230,12 +184,52 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
 
     saved = getattr(config, "modules_to_save", None) or ()
     for site in unique([s for s in everything if any(s.path.endswith(suffix) for suffix in saved)]):
-        if id(site.module) in taken:
+        role = next((role for other, role in found if other.module is site.module), None)
+        if role is not None:
+            what = "The embedding layer is" if role == "tokens" else "It is adapted, but"
             raise ConfigError(
-                f"{site.path} is in `modules_to_save` and adapted as well; choose one.", "modules_to_save"
+                f"{what} already marked to be trained fully: {site.path} is in `modules_to_save`; choose one.",
+                "modules_to_save",
             )
         found.append((site, "save"))
     return found
+
+
+def shorten(config: Any, everything: list[Site]) -> None:
+    """Replace a long list of target modules by a few suffixes, since each is compared with every module."""
+    targets = getattr(config, "target_modules", None)
+    # (IA)3 looks for its `feedforward_modules` among the targets
+    if not isinstance(targets, set) or len(targets) < LONG_LIST or getattr(config, "feedforward_modules", None):
+        return
+    chosen = minimal_names(targets, {site.path for site in everything if not named(site.path, targets)})
+    if len(chosen) < len(targets):
+        config.target_modules = chosen
+
+
+def no_match(model: nn.Module, config: Any, method: Method, everything: list[Site]) -> NoMatchingPeftModuleError:
+    """The error of a configuration that no module matches."""
+    excluded = [site for site in everything if is_excluded(config, site.path)]
+    if excluded and len(excluded) == len(everything):
+        what = f"All modules were excluded{_narrowed(config)}."
+    elif excluded:
+        what = (
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+            f"modules and excluded modules: target_modules={config.target_modules}{_narrowed(config)}."
+        )
+    else:
+        what = f"Target modules {config.target_modules} not found in the base model{_narrowed(config)}."
+    return NoMatchingPeftModuleError(f"{what} The model has {suggestions(model, method)}.", "target_modules")
+
+
+def check_mamba(targets: list[Site], config: Any) -> None:
+    """Refuse modules of a Mamba layer that it does not run."""
+    for site in targets:
+        if site.name in defaults.MAMBA_MODULES:
+            raise TargetError(
+                f"[PEFT:{config.peft_type}] Module '{site.path}' is incompatible with Mamba-based models, which use "
+                "its weight without running it. Please remove it from `target_modules`.",
+                "target_modules",
+            )
 
 
 def parameter_names(site: Site, config: Any) -> list[str]:
@@ -267,7 +261,7 @@ def check_parameters(model: nn.Module, config: Any, targets: list[Site], of_para
                 "target_parameters",
             )
     if not targets and not of_parameters and not config.target_modules:
-        raise TargetError(
+        raise NoMatchingPeftModuleError(
             "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
             "arguments.",
             "target_parameters",
@@ -291,11 +285,6 @@ def _narrowed(config: Any) -> str:
     return f" (with {', '.join(used)})" if used else ""
 
 
-def unique(found: list[Site]) -> list[Site]:
-    """The first site of each module."""
-    return list({id(site.module): site for site in reversed(found)}.values())[::-1]
-
-
 def token_targets(model: nn.Module, config: PeftConfig) -> dict[str, list[int]]:
     """`trainable_token_indices` as a dict from module name to ids."""
     indices = getattr(config, "trainable_token_indices", None)
@@ -316,7 +305,7 @@ def build(model: nn.Module, config: PeftConfig, low_cpu_mem_usage: bool = False)
     method = by_peft_type(config.peft_type)
     tokens = token_targets(model, config)
     made: list[tuple[Site, Adapter]] = []
-    with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+    with init_empty_weights() if low_cpu_mem_usage else nullcontext():
         for site, role in plan(model, config):
             if role == "save":
                 made.append((site, ModulesToSave(site.module)))
@@ -330,16 +319,11 @@ def build(model: nn.Module, config: PeftConfig, low_cpu_mem_usage: bool = False)
             else:
                 indices = next(ids for name, ids in tokens.items() if site.path.endswith(name))
                 adapter = TrainableTokens(site.module, TrainableTokensConfig(token_indices=indices), site.path)
-                adapter.prefix = "token_adapter."
+                adapter.prefix, adapter.exclusive = "token_adapter.", True
             made.append((site, adapter))
     check_patterns(config, [site.path for site, _ in made])
-    for site, adapter in list(made):
-        if isinstance(adapter, TrainableTokens) and isinstance(site.module, nn.Embedding):
-            tied = [
-                s for s in tied_layers(model, site.module) if not any(s.module is other.module for other, _ in made)
-            ]
-            made += [(s, TiedTokens(adapter, s.module)) for s in tied]
-    with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+    made = tie_tokens(model, config, made)
+    with init_empty_weights() if low_cpu_mem_usage else nullcontext():
         return tie(model, config, made)
 
 
@@ -361,55 +345,6 @@ def check_patterns(config: Any, paths: list[str]) -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def tie(model: nn.Module, config: Any, made: list[tuple[Site, Adapter]]) -> list[tuple[Site, Adapter]]:
-    """Let the layers that share the input embedding's weight share its adapter, or its trained copy, where one of them
-    has one and `ensure_weight_tying` asks for it."""
-    method, asked = by_peft_type(config.peft_type), getattr(config, "ensure_weight_tying", None)
-    group = tied_group(model)
-    mine = {id(s.module): (s, a) for s, a in made if any(s.module is member.module for member in group)}
-    adapters = [adapter for _, adapter in mine.values()]
-    if any(isinstance(adapter, (TrainableTokens, TiedTokens)) for adapter in adapters):
-        return made
-    if not asked:
-        if mine:
-            reason = (
-                "no implementation exists to tie the adapters"
-                if asked is None
-                else "`ensure_weight_tying` is not set to True"
-            )
-            paths = ", ".join(site.path for site, _ in mine.values())
-            warnings.warn(f"{paths} shares its weight with other layers, but {reason}: they part ways.", stacklevel=2)
-        return made
-    if not mine:
-        where = "added in either `modules_to_save` or `target_modules`" if group else "were found in the model"
-        kind = "no tied modules are" if group else "no tied modules"
-        warnings.warn(f"You have requested `ensure_weight_tying`, but {kind} {where}.", stacklevel=2)
-        return made
-    first, *others = group
-    source: Any = mine[id(first.module)][1] if id(first.module) in mine else None
-    tied: list[tuple[Site, Adapter]] = []
-    if any(isinstance(adapter, ModulesToSave) for adapter in adapters):
-        source = source or ModulesToSave(first.module)
-        for site in others:
-            copied = ModulesToSave(site.module)
-            copied.modules_to_save.weight = source.modules_to_save.weight
-            tied.append((site, copied))
-    else:
-        source = source or cast(Any, method.adapter)(first.module, config, first.path)
-        tied = [(site, cast(Any, method.tied)(source, site.module)) for site in others]
-    return [*(pair for pair in made if id(pair[0].module) not in mine), (first, source), *tied]
-
-
-def tied_group(model: nn.Module) -> list[Site]:
-    """The input embedding and the layers that share its weight; none where there are no others."""
-    try:
-        embedding = input_embedding(model)
-    except TargetError:
-        return []
-    tied = unique(tied_layers(model, embedding.module))
-    return [embedding, *tied] if tied else []
 
 
 def inject(model: nn.Module, state: AdapterState, name: str, made: list[tuple[Site, Adapter]]) -> None:

@@ -1,5 +1,5 @@
-"""What a layer's adapters are, as types for `isinstance`. There is one wrapper for all methods, and a layer can hold adapters
-of several, so these types are questions about what it holds; none of them is ever made."""
+"""What a layer's adapters are, as types for `isinstance`. There is one wrapper for all methods, and a layer can hold
+adapters of several, so these types are questions about what it holds; none of them is ever made."""
 
 from __future__ import annotations
 

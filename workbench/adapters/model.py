@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from workbench.errors import AdapterNameError, CheckpointError, ConfigError
 
+from . import quantised
 from .card import write_card
 from .checkpoint import (
     LoadResult,
     fill_all,
     get_peft_model_state_dict,
+    load_peft_weights,
     match_slots,
-    read_weights,
-    renamed,
     write_weights,
 )
 from .config import PeftConfig, TaskType
@@ -31,6 +31,7 @@ from .inject import HEADS
 from .methods import alora
 from .prompts import PromptTuner
 from .registry import by_peft_type
+from .sharded import check_whole
 from .tuner import Tuner
 from .tuner_layer import BASE, TunerLayer
 
@@ -127,6 +128,12 @@ class PeftModel(PushToHub, nn.Module):
         """The configuration of the first active adapter."""
         return self.peft_config[self.active_adapters[0]]
 
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that train as a whole, for any of the adapters."""
+        named = [getattr(config, "modules_to_save", None) or () for config in self.peft_config.values()]
+        return {name for names in named for name in names} or None
+
     def get_base_model(self) -> nn.Module:
         """The base model; its adapted layers are still wrapped."""
         return self.base_model.model
@@ -195,7 +202,7 @@ class PeftModel(PushToHub, nn.Module):
         """Within this context the base model answers alone."""
         tuner = self.base_model
         before = tuner.state.enabled
-        if any(layer.disable_adapters == before for _, layer in tuner.layers()):
+        if any(layer.disable_adapters == before for _, layer in tuner.adapted_layers()):
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. After this "
                 "context, all of them will be enabled.",
@@ -250,7 +257,7 @@ class PeftModel(PushToHub, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable parameters and all parameters, adapters included."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        sizes = [(quantised.size(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -292,12 +299,14 @@ class PeftModel(PushToHub, nn.Module):
             path_initial_model_for_weight_conversion: folder of the same adapter before training. Where its start took a
                 part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA), what is saved then is a plain adapter for the
                 base model as it was, of twice the rank.
-            state_dict: tensors to save instead of the model's own, by checkpoint key.
+            state_dict: values to save instead of the model's own, by the names in `model.state_dict()`, where the
+                model's parameters are spread over processes.
             kwargs: ignored, as transformers' trainer passes arguments for other models.
 
         Raises:
             AdapterNameError: an adapter of `selected_adapters` does not exist.
-            CheckpointError: the folder is a file, or `safe_serialization` is off (pickles are not written).
+            CheckpointError: the folder is a file, `safe_serialization` is off (pickles are not written), or a parameter
+                is spread over processes.
         """
         folder = Path(save_directory)
         if folder.is_file():
@@ -319,7 +328,8 @@ class PeftModel(PushToHub, nn.Module):
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)  # type: ignore[arg-type]
             config = copy.copy(self.peft_config[name])
             if path_initial_model_for_weight_conversion is not None:
-                tensors, config = config.converted(tensors, read_weights(path_initial_model_for_weight_conversion))
+                tensors, config = config.converted(tensors, load_peft_weights(path_initial_model_for_weight_conversion))
+            check_whole(tensors, name)
             write_weights(tensors, target)
             config.inference_mode = True  # as peft does: whoever loads the file decides anew
             config.base_model_name_or_path = config.base_model_name_or_path or base_name(self.get_base_model())
@@ -372,7 +382,7 @@ class PeftModel(PushToHub, nn.Module):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}.")
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        tensors = renamed(read_weights(model_id, torch_device or device_of(model), **kwargs), key_mapping)
+        tensors = load_peft_weights(model_id, torch_device or device_of(model), key_mapping, **kwargs)
         set_offload(config, ephemeral_gpu_offload)
         config.inference_mode = not is_trainable
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -406,7 +416,7 @@ class PeftModel(PushToHub, nn.Module):
         Raises:
             CheckpointError: as `from_pretrained`; no new adapter is left behind.
         """
-        tensors = renamed(read_weights(model_id, torch_device or device_of(self), **kwargs), key_mapping)
+        tensors = load_peft_weights(model_id, torch_device or device_of(self), key_mapping, **kwargs)
         new = adapter_name not in self.peft_config
         if new:
             config = PeftConfig.from_pretrained(model_id, **kwargs)

@@ -17,7 +17,8 @@ from workbench.errors import AdapterError, AdapterNameError, ConfigError, MergeE
 
 from .adapter import Part
 from .config import PeftConfig, TaskType
-from .inject import embedding_of, fill_defaults
+from .inject import fill_defaults
+from .matching import embedding_of
 from .methods.prefix_tuning import by_layer
 from .registry import by_peft_type
 from .tuner import Tuner

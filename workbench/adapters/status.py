@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from workbench.errors import AdapterError
 
+from .matching import is_target, sites
 from .model import PeftModel
-from .tuner import Tuner
 from .tuner_layer import TunerLayer
 
 Irregular = Literal["irregular"]
@@ -67,11 +67,16 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
     Raises:
         AdapterError: there is no adapted layer.
-        TypeError: a prompt method, which has no adapted layers.
+        TypeError: a prompt method, which has no adapted layers, or adaption prompt.
     """
+    return _layers(model, "get_layer_status")
+
+
+def _layers(model: nn.Module, asked_by: str) -> list[TunerLayerStatus]:
     if isinstance(model, PeftModel):
-        if not isinstance(model.base_model, Tuner):
-            raise TypeError("get_layer_status() got an invalid PeftModel instance; prompt methods adapt no layers.")
+        config = model.active_peft_config
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise TypeError(f"{asked_by}() got an invalid PeftModel instance; {config.peft_type} has no such layers.")
         model = model.base_model
     found = [layer_status(name, layer) for name, layer in model.named_modules() if isinstance(layer, TunerLayer)]
     if not found:
@@ -85,8 +90,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def layer_status(name: str, layer: TunerLayer) -> TunerLayerStatus:
     """The status of one layer."""
     parameters = {adapter: list(module.parameters()) for adapter, module in layer.adapters.items()}
+    own_place = next((adapter.prefix for adapter in layer.named_adapters().values()), "")
     return TunerLayerStatus(
-        name=name,
+        name=f"{name}.{own_place}".removesuffix("."),
         module_type=layer.kind,
         enabled=not layer.disable_adapters,
         active_adapters=list(layer.active_adapters),
@@ -94,7 +100,22 @@ def layer_status(name: str, layer: TunerLayer) -> TunerLayerStatus:
         requires_grad={adapter: agreed(p.requires_grad for p in own) for adapter, own in parameters.items() if own},
         available_adapters=sorted(layer.adapters),
         devices={adapter: sorted({p.device.type for p in own}) for adapter, own in parameters.items() if own},
+        quantization_backend=getattr(layer.quantization_backend, "backend_name", None),
     )
+
+
+def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Paths of the base model's modules that an adapter's `target_modules` mean ("matched"), and of the others
+    ("unmatched"), to see what a configuration does.
+
+    Args:
+        tuner: a PeftModel, or its `base_model`.
+    """
+    config = tuner.peft_config[adapter_name]  # type: ignore[index]
+    paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for site in sites(cast(Any, tuner).model):
+        paths["matched" if is_target(config, site.path) else "unmatched"].append(site.path)
+    return paths
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -103,7 +124,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         AdapterError, TypeError: as `get_layer_status`.
     """
-    layers = get_layer_status(model)
+    layers = _layers(model, "get_model_status")
     peft_model = model if isinstance(model, PeftModel) else None
     trainable, total = (peft_model or PeftModel).get_nb_trainable_parameters(*() if peft_model else (model,))
     base: nn.Module = peft_model.get_base_model() if peft_model else model
@@ -122,10 +143,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         requires_grad=by_adapter(layers, "requires_grad", agreed),
         available_adapters=sorted({name for layer in layers for name in layer.available_adapters}),
         devices=by_adapter(layers, "devices", lambda lists: sorted({device for types in lists for device in types})),
+        quantization_backend=agreed(layer.quantization_backend for layer in layers),
     )
 
 
-def agreed(values: Iterable[bool | Irregular]) -> bool | Irregular:
+def agreed(values: Iterable[Any]) -> Any:
     """The value that all share."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else "irregular"

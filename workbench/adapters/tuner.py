@@ -15,11 +15,13 @@ from workbench.errors import AdapterNameError, ConfigError, MergeError
 from . import combine
 from .adapter import Part
 from .config import PeftConfig
-from .inject import build, inject, sites
+from .inject import build, inject, parameter_names
+from .matching import get_model_config, sites, unique
 from .precision import HALF
-from .registry import Method, by_peft_type
+from .registry import METHODS, Method, by_peft_type
 from .replication import replicated
 from .tuner_layer import BASE, AdapterState, TunerLayer
+from .tying import tied_names, warn_of_merging
 
 
 class Tuner(nn.Module):
@@ -109,6 +111,37 @@ class Tuner(nn.Module):
         for path, layer in self.adapted_layers():
             if adapter_name in layer.adapters:
                 yield f"{self.key_prefix}{path}.", layer.adapter(adapter_name)
+
+    def targets(self, adapter_name: str) -> list[str]:
+        """Paths of the modules that an adapter changes, without those of which it changes parameters."""
+        config, found = self.peft_config[adapter_name], []
+        for site in unique(sites(self.model)):
+            held = site.wrapper.named_adapters() if site.wrapper else {}
+            if adapter_name in held and not held[adapter_name].exclusive and not parameter_names(site, config):
+                found.append(site.path)
+        return found
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that the adapters change, each once."""
+        return list(dict.fromkeys(path for name in self.peft_config for path in self.targets(name)))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the parameters that the adapters change (`target_parameters`), each once."""
+        return list(
+            dict.fromkeys(
+                f"{site.path}.{name}"
+                for config in self.peft_config.values()
+                for site in unique(sites(self.model))
+                for name in parameter_names(site, config)
+            )
+        )
+
+    get_model_config = staticmethod(get_model_config)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return tied_names(self.model)
 
     # ---------------------------------------------------------------- adapters
 
@@ -296,8 +329,8 @@ class Tuner(nn.Module):
         self.enable(False)
 
     def enable(self, enabled: bool) -> None:
-        """Let the adapters act or not, on layers that were set by themselves as well. Those that do not act do not train
-        either."""
+        """Let the adapters act or not, on layers that were set by themselves as well. Those that do not act do not
+        train either."""
         layers = [layer for _, layer in self.adapted_layers()]
         if self.state.enabled and not enabled:
             own = [p for layer in layers for p in layer.adapters.parameters()]
@@ -331,6 +364,8 @@ class Tuner(nn.Module):
         self.check_known(adapter_names or [])
         if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
             raise MergeError("Cannot merge LORA layers when base model layers are replicated: they share weights.")
+        for name in adapter_names or self.active_adapters:
+            warn_of_merging(self.model, self.peft_config[name], self.targets(name))
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit by bit."""
@@ -368,3 +403,8 @@ class Tuner(nn.Module):
                 copies: list[Any] = [a for n, a in wrapper.adapters.items() if n in merged and a.replaces]
                 setattr(site.parent, site.name, copies[-1].modules_to_save if copies else wrapper.base_layer)
         return self.model
+
+
+# one tuner for all methods, under the names that peft has for each
+LoraModel = AdaLoraModel = IA3Model = LoHaModel = LoKrModel = TrainableTokensModel = AdaptionPromptModel = Tuner
+PEFT_TYPE_TO_TUNER_MAPPING = {method.config.peft_type: Tuner for method in METHODS.values() if method.kinds}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.errors import AdapterNameError, LayerKindError, MergeError
 
-from . import base_ops
+from . import base_ops, quantised
 from .adapter import Adapter, DeltaAdapter
 
 BASE = "__base__"  # in `adapter_names`: this row goes through the base model alone
@@ -127,6 +127,12 @@ class Values(dict[str, Any]):
         super().__setitem__(name, value)
         self._view[name] = value
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
 
 class TunerLayer(nn.Module):
     """A base layer and its adapters, adapter-major: `adapters[name]` holds all that one adapter has on this layer.
@@ -141,12 +147,13 @@ class TunerLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
+        self.quantization_backend = quantised.backend(base_layer)
         self._state = state
         self._own_active: list[str] | None = None  # set on this layer alone
         self._own_enabled: bool | None = None
         self._views: dict[str, AdapterView] = {}
         self._unmerged: dict[str, Tensor] = {}  # parameters as they were before the first merge, by name
-        self._original: Tensor | None = None  # the canonical weight, while adapters hold a part of it
+        self._original: Tensor | None = None  # the layer's weight, while adapters hold a part of it
         self._split: set[str] = set()  # those adapters
         self.register_state_dict_post_hook(_to_peft_names)
         self.register_load_state_dict_pre_hook(_from_peft_names)
@@ -155,8 +162,8 @@ class TunerLayer(nn.Module):
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Put an adapter on this layer, on the layer's device and in its dtype (float32 for half precision)."""
-        weight = self._first_weight()
-        if weight is not None:
+        weight = next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
+        if weight is not None and not self.quantization_backend:
             adapter.to(dtype=weight.dtype)
         self.adapters[name] = adapter
         self.bring(name)
@@ -166,24 +173,21 @@ class TunerLayer(nn.Module):
             **dict.fromkeys(adapter._parameters, ParameterView),
         }
         self._views = {name: view(self.adapters, name) for name, view in held.items()} | self._views
-        adapter.own_weights, adapter.beside = self.own_weights, self.named_adapters
+        adapter.own_weights, adapter.beside, adapter.shown = self.own_weights, self.named_adapters, self.__getattr__
         if adapter.base_weight is not None:
             if self._original is None:
-                self._original = base_ops.read_weight(self.base_layer).detach().clone()
+                self._original = base_ops.keep(self.base_layer, "weight")
             base_ops.write(self.base_layer, adapter.base_weight, None)
             adapter.base_weight = None
             self._split.add(name)
 
     def bring(self, name: str) -> None:
         """Move an adapter to the layer's device, unless either is on the meta device."""
-        weight = self._first_weight()
+        weight = next(self.base_layer.parameters(), None)
         if weight is None or name not in self.adapters:
             return
         if not any(tensor.is_meta for tensor in (weight, *self.adapters[name].parameters())):
             self.adapters[name].to(weight.device)
-
-    def _first_weight(self) -> Tensor | None:
-        return next((p for p in self.base_layer.parameters() if p.is_floating_point()), None)
 
     def adapter(self, name: str) -> Adapter:
         """One adapter of this layer."""
@@ -211,7 +215,7 @@ class TunerLayer(nn.Module):
         if self._original is not None:
             merged = list(self.merged_adapters)
             self.unmerge()
-            base_ops.write(self.base_layer, self._original, None)
+            base_ops.put(self.base_layer, "weight", self._original)
             self._original = None
             self.merge(adapter_names=merged) if merged else None
 
@@ -229,13 +233,21 @@ class TunerLayer(nn.Module):
         """The adapters that act here, in the order in which they fold. Of those that can act only one at a time, those
         on this layer; of others, the model's."""
         active = self._state.active if self._own_active is None else self._own_active
-        if self.auxiliary and any(name in self.adapters for name in active):
+        if self.auxiliary:
             return [name for name in active if name in self.adapters]
         return active
 
     @property
     def active_adapter(self) -> list[str]:
         return self.active_adapters
+
+    @property
+    def _active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @_active_adapter.setter
+    def _active_adapter(self, adapter_names: str | list[str]) -> None:
+        self._own_active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
     @property
     def disable_adapters(self) -> bool:
@@ -248,9 +260,9 @@ class TunerLayer(nn.Module):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Let other adapters act on this layer than on the rest of the model, until the model sets its own again."""
-        self._own_active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._active_adapter = adapter_names
         for name, adapter in self.adapters.items():
-            adapter.requires_grad_(name in self._own_active and not inference_mode)
+            adapter.requires_grad_(name in self.active_adapters and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the adapters of this layer act or not, whatever the rest of the model does, until the model says so."""
@@ -293,12 +305,15 @@ class TunerLayer(nn.Module):
             if name.startswith("__") or "_views" not in self.__dict__:
                 raise
         if name in self._views:
+            leaders = [adapter.leader for adapter in self.named_adapters().values()]
+            if leaders and all(leaders):
+                return cast(Adapter, leaders[0]).shown(name)
             view = self._views[name]
             return view if view.holds else Values(view)
         for adapter in self.named_adapters().values():
             if name in adapter.facts:
                 return getattr(adapter, name)
-        if name == "token_adapter" and any(adapter.prefix == f"{name}." for adapter in self.adapters.values()):
+        if name == "token_adapter" and self.auxiliary and "trainable_tokens_delta" in self._views:
             return self
         acting = [] if self.disable_adapters else self._acting()
         return getattr(next((a.modules_to_save for a in acting if a.replaces), self.base_layer), name)
@@ -419,12 +434,14 @@ class TunerLayer(nn.Module):
     def own_weights(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias of the base layer, without the adapters that are merged into them."""
         layer, before = self.base_layer, self._unmerged
-        weight = base_ops.canonical(layer, before.get("weight", layer.weight))
+        weight = base_ops.canonical(layer, base_ops.numbers(layer, before.get("weight", layer.weight)))
         return weight, before.get("bias", getattr(layer, "bias", None))
 
     def original_weight(self) -> Tensor:
         """The canonical weight of the base layer before any adapter took a part of it."""
-        return self.own_weights()[0] if self._original is None else self._original
+        if self._original is None:
+            return self.own_weights()[0]
+        return base_ops.canonical(self.base_layer, base_ops.numbers(self.base_layer, self._original))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter of a method that adds a weight adds to that of the base layer, as the layer stores it."""
@@ -443,36 +460,39 @@ class TunerLayer(nn.Module):
         changed: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in names:
+                before = [*self.merged_adapters, *names[: names.index(name)]]
+                self.adapter(name).check_merge(name, {other: self.adapter(other) for other in before})
                 changed |= self.adapter(name).merged_parameters(self.base_layer, changed)
-                if safe_merge and not all(tensor.isfinite().all() for tensor in changed.values()):
-                    raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                broken = [key for key, tensor in changed.items() if safe_merge and not tensor.isfinite().all()]
+                if broken:
+                    what = "bias" if broken == ["bias"] else "weights"
+                    raise MergeError(f"NaNs detected in the merged {what}. The adapter {name} seems to be broken")
         return names, changed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
-        """Write adapters into the base weights. The weights before are kept, so that `unmerge` is exact to the bit, unless
-        it is for good.
+        """Write adapters into the base weights. The weights before are kept, so that `unmerge` is exact to the bit,
+        unless it is for good.
 
         Raises:
             MergeError: as `changes`.
         """
         names, changed = self.changes(safe_merge, adapter_names)
         if keep:
-            before = {key: self.base_layer.get_parameter(key).detach().clone() for key in changed}
+            before = {key: base_ops.keep(self.base_layer, key) for key in changed}
             self._unmerged = before | self._unmerged
-        self._write(changed)
+        self._put(changed)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Restore the base weights from before the first merge."""
-        self._write(self._unmerged)
+        self._put(self._unmerged)
         self._unmerged = {}
         self.merged_adapters.clear()
 
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        """Overwrite parameters of the base layer in place, so that a tied layer sees them too."""
+    def _put(self, values: dict[str, Tensor]) -> None:
+        """Overwrite parameters of the base layer."""
         for name, value in values.items():
-            self.base_layer.get_parameter(name).copy_(value)
+            base_ops.put(self.base_layer, name, value)
 
 
 def _to_peft_names(layer: TunerLayer, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

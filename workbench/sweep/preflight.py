@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from workbench.adapters.inject import ALL_LINEAR, Site, named, plan, sites
+from workbench.adapters.inject import ALL_LINEAR, plan
+from workbench.adapters.matching import Site, named, sites
 from workbench.errors import ConfigError, DataError, StudyError
 from workbench.training.base import Base
 from workbench.training.data import Split

@@ -19,7 +19,8 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from workbench.adapters import PeftConfig, PeftModel, get_peft_model
-from workbench.adapters.checkpoint import base_slots, read_weights, write_weights
+from workbench.adapters.checkpoint import base_path, base_slots, load_peft_weights, write_weights
+from workbench.adapters.matching import sites
 from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, StorageError
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun, environment, open_tracking, public_url
 from workbench.training.base import Base, load_base, pick_device, quiet
@@ -389,7 +390,7 @@ def adapted(base: Base, config: PeftConfig, seed: int) -> Iterator[PeftModel]:
     try:
         yield model
     finally:
-        model.unload()
+        model.delete_adapter(list(model.peft_config))
         base.model.requires_grad_(False)
 
 
@@ -429,12 +430,12 @@ def save_adapter(model: PeftModel, fresh: Iterable[str], folder: Path) -> None:
         fresh: names of those weights in the base model.
     """
     model.save_pretrained(folder, save_embedding_layers=False)
-    wrapped, prefix = {path for path, _ in model.base_model.layers()}, model.base_model.key_prefix
-    tensors = read_weights(folder)
+    paths, prefix = {s.path: base_path(s) for s in sites(model.get_base_model())}, model.base_model.key_prefix
+    tensors = load_peft_weights(folder)
     own = base_slots(model.get_base_model())
     for name in fresh:
         path, _, leaf = name.rpartition(".")
-        key = f"{path}.base_layer.{leaf}" if path in wrapped else name
+        key = f"{paths[path]}.{leaf}"
         if prefix + name not in tensors:  # the adapter has trained a copy of its own
             tensors[prefix + key] = getattr(*own[key]).detach().cpu()
     write_weights(tensors, folder)

@@ -50,7 +50,7 @@ class AdaLoraConfig(LoraConfig):
         ConfigError: the steps leave no time for dropping, or a value is refused.
     """
 
-    peft_type: ClassVar[str] = "ADALORA"
+    peft_type: str | None = "ADALORA"
     steps_field: ClassVar[str | None] = "total_step"
 
     target_r: int = 8
@@ -128,7 +128,7 @@ class AdaLora(DeltaAdapter):
     def __init__(self, layer: base_ops.Layer, config: AdaLoraConfig, path: str):
         super().__init__()
         self.r, self.lora_alpha = config.init_r, config.lora_alpha
-        self.scaling = self.lora_alpha if self.lora_alpha > 0 else self.r
+        self.scaling = self.initial_scaling = self.lora_alpha if self.lora_alpha > 0 else self.r
         self.shape = tuple(base_ops.read_weight(layer).shape)
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_A = nn.Parameter(torch.randn(self.r, math.prod(self.shape[1:])))
@@ -234,7 +234,9 @@ def pattern_key(path: str) -> str:
 
 def trained(tuner: Tuner, name: str) -> dict[str, AdaLora]:
     """The adapters of this name that train, by the path of their layer."""
-    found: dict[str, Any] = {path: layer.adapters[name] for path, layer in tuner.layers() if name in layer.adapters}
+    found: dict[str, Any] = {
+        path: layer.adapters[name] for path, layer in tuner.adapted_layers() if name in layer.adapters
+    }
     return {path: a for path, a in found.items() if isinstance(a, AdaLora) and a.lora_E.requires_grad}
 
 

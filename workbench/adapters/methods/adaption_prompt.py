@@ -18,7 +18,7 @@ from ..adapter import Adapter
 from ..config import PeftConfig
 
 if TYPE_CHECKING:
-    from ..inject import Site
+    from ..matching import Site
 
 KINDS = base_ops.DECODER_ATTENTION
 

@@ -17,6 +17,7 @@ from workbench.errors import ConfigError
 
 from .. import base_ops
 from ..config import pattern_value
+from ..matching import is_target, sites
 from .lora import LoraConfig
 
 
@@ -75,8 +76,6 @@ def preprocess_corda(
 
 def target_layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, Any]]:
     """The linear layers that the configuration means, by path."""
-    from ..inject import is_target, sites  # which need the methods
-
     for site in sites(model):
         if isinstance(site.module, (nn.Linear, Conv1D)) and is_target(config, site.path):
             yield site.path, site.module

@@ -37,9 +37,10 @@ class Dora(Lora):
 
     def norm(self, weight: Tensor) -> Tensor:
         """||W + s B A|| for each output, `(out,)`, without gradient."""
-        up, down = (factor.detach().to(weight.device) for factor in self.factors())
+        up, down = (factor.detach() for factor in self.factors())
         if down.is_meta:  # a file will bring the values
             return weight.detach().flatten(1).norm(dim=1)
+        up, down = up.to(weight.device), down.to(weight.device)
         # on a convolution with groups this is not what the factors do to the output, but the norm that peft takes
         update = (up.reshape(-1, len(down)) @ down.flatten(1)).view_as(weight) * self.scaling
         return (weight.detach() + update).flatten(1).norm(dim=1)

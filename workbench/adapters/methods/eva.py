@@ -22,7 +22,9 @@ from workbench.errors import ConfigError
 
 from ..config import pattern_value
 from ..incremental_pca import IncrementalPCA
-from .lora import LoraConfig, build
+from ..matching import is_target, sites
+from .lora import LoraConfig
+from .lora_variants import build
 
 PrepareLayer: TypeAlias = Callable[[Any, Any, str], Tensor]
 
@@ -227,7 +229,7 @@ def _start_from(tuner: Any, directions: dict[str, Tensor], adapter_name: str) ->
     ranks: dict[str, int] = {}
     alphas: dict[str, Any] = {}
     left_out, kept = [], []
-    for path, layer in list(tuner.layers()):
+    for path, layer in list(tuner.adapted_layers()):
         if adapter_name not in layer.adapters:
             continue
         old: Any = layer.adapter(adapter_name)
@@ -260,10 +262,8 @@ def _start_from(tuner: Any, directions: dict[str, Tensor], adapter_name: str) ->
 
 def _target_layers(model: nn.Module, config: LoraConfig, adapted: bool) -> dict[str, nn.Module]:
     """The linear layers of the configuration, by module name; on an adapted model, those that have an adapter."""
-    from ..inject import is_target, sites  # which need the methods
-
     if adapted:
-        layers = model.base_model.layers()  # type: ignore[operator,union-attr]
+        layers = model.base_model.adapted_layers()  # type: ignore[operator,union-attr]
         found = {f"base_model.model.{path}": layer for path, layer in layers}
         return {name: layer for name, layer in found.items() if isinstance(layer.base_layer, (nn.Linear, Conv1D))}
     return {

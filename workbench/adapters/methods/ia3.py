@@ -69,7 +69,8 @@ class IA3Config(PeftConfig):
 class IA3(Adapter):
     """`ia3_l` scales the input (`(1, in)`) of a feed-forward layer, the output (`(out, 1)`) of any other."""
 
-    views = ("ia3_l", "is_feedforward")
+    views = ("ia3_l",)
+    facts = ("is_feedforward",)
 
     def __init__(self, layer: base_ops.Layer, config: IA3Config, path: str):
         super().__init__()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.errors import ConfigError, MergeError, TargetError
+from workbench.errors import ConfigError, ConfigTypeError, MergeError, PeftWarning, TargetError
 
 from .. import base_ops
 from ..adapter import Adapter, DeltaAdapter
-from ..config import TargetConfig, check_ranks, pattern_value
+from ..config import PeftConfig, TargetConfig, TaskType, check_ranks, pattern_value
 from . import lora_init
 from .lora_init import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from .lora_parameters import LoraParameters, on_attention
+from .lora_options import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 KINDS = frozenset(
     {
@@ -52,10 +52,15 @@ SUBCONFIGS: dict[str, type] = {
     "corda_config": CordaConfig,
     "lora_ga_config": LoraGAConfig,
     "runtime_config": LoraRuntimeConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "use_bdlora": BdLoraConfig,
+    "arrow_config": ArrowConfig,
+    "kasa_config": KasaConfig,
 }
-NOT_IMPLEMENTED = (
-    *("megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora"),
-    *("arrow_config", "kasa_config", "layer_replication"),
+VARIANTS = (
+    *("use_dora", "alora_invocation_tokens", "use_qalora", "velora_config", "monteclora_config", "use_bdlora"),
+    *("arrow_config", "kasa_config"),
 )
 
 
@@ -80,18 +85,25 @@ class LoraConfig(TargetConfig):
         use_dora: learn magnitude and direction apart, see `dora`.
         runtime_config: how, not what, to compute; not saved.
         lora_bias: B has a bias.
+        velora_config: keep less of the inputs for the gradients, see `velora`.
+        alora_invocation_tokens: act from the last occurrence of these tokens on, see `alora`.
+        use_qalora, qalora_group_size: update groups of inputs alike, see `qalora`.
+        monteclora_config: train on perturbed factors, see `monteclora`.
+        use_bdlora: factors of blocks, see `bdlora`.
+        arrow_config: route tokens over other adapters, see `arrow`.
+        kasa_config: singular values that train, see `kasa`.
+        layer_replication: build the model of these ranges of its layers, [start, end), which share their weights but
+            not their adapters, see `replication`.
         target_parameters: names or suffixes of bare parameters to adapt, see `lora_parameters`.
         ensure_weight_tying: let layers that share the input embedding's weight share its adapter, where one of them is
             a target or in `modules_to_save`.
-        megatron_config, megatron_core, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size,
-            monteclora_config, use_bdlora, arrow_config, kasa_config, layer_replication: of peft, known so that its
-            files can be read; refused when in use.
+        megatron_config, megatron_core: of peft, known so that its files can be read; refused when in use.
 
     Raises:
         ConfigError: a value is refused, or an option is not implemented here.
     """
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_type: str | None = "LORA"
     r: int = 8
     lora_alpha: int = 8
     lora_dropout: float = 0.0
@@ -111,14 +123,14 @@ class LoraConfig(TargetConfig):
     lora_bias: bool = False
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
-    velora_config: dict[str, Any] | None = None
+    velora_config: VeloraConfig | dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
-    use_bdlora: dict[str, Any] | None = None
-    arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
+    arrow_config: ArrowConfig | dict[str, Any] | None = None
+    kasa_config: KasaConfig | dict[str, Any] | None = None
     layer_replication: list[tuple[int, int]] | None = None
     target_parameters: list[str] | None = None
     ensure_weight_tying: bool = False
@@ -132,16 +144,29 @@ class LoraConfig(TargetConfig):
             raise ConfigError(f"bias must be none, all or lora_only, not {self.bias!r}.", "bias")
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", "use_dora")
-        for name in NOT_IMPLEMENTED:
-            if getattr(self, name):
-                raise ConfigError(f"{name} is not implemented; leave it at its default.", name)
+        if self.megatron_config:
+            raise ConfigError("megatron_config is not implemented; leave it at its default.", "megatron_config")
         for name, kind in SUBCONFIGS.items():
             value = getattr(self, name)
             if isinstance(value, dict):
-                setattr(self, name, kind(**value))
+                setattr(self, name, kind(**{f.name: value[f.name] for f in fields(kind) if f.init and f.name in value}))
             elif value is not None and not isinstance(value, kind):
-                raise ConfigError(f"`{name}` must be a `{kind.__name__}`, a dict, or None, not {value!r}.", name)
+                raise ConfigTypeError(
+                    f"`{kind.__name__}` must be a `{kind.__name__}`, a dict, or None. But {name} is {value!r}.", name
+                )
+        if isinstance(self.target_parameters, str):
+            raise ConfigTypeError("`target_parameters` must be a list of strings or None.", "target_parameters")
         self._check_initialisation()
+        asked = [name for name in VARIANTS if getattr(self, name)]
+        if len(asked) > 1:
+            raise ConfigError(f"Invalid or unsupported variant combination: {', '.join(asked)}.", asked[1])
+        if self.alora_invocation_tokens and self.task_type != TaskType.CAUSAL_LM:
+            warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=3)
+
+    @property
+    def variant(self) -> str | None:
+        """The option that asks for another form than plain LoRA; None for plain LoRA."""
+        return next((name for name in VARIANTS if getattr(self, name)), None)
 
     def _check_initialisation(self) -> None:
         init = self.init_lora_weights
@@ -181,11 +206,42 @@ class LoraConfig(TargetConfig):
         patterns = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterns and isinstance(init, str) and init.startswith(lora_init.SPLITTING):
             warnings.warn(
-                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and an initialisation that changes the "
-                "base weights: `save_pretrained` will not be able to convert the adapter with "
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified "
+                f"base weights ({init}) will not be possible: `save_pretrained` will refuse "
                 "`path_initial_model_for_weight_conversion`.",
                 stacklevel=3,
             )
+
+    @property
+    def changes_base(self) -> str | None:
+        return "KaSA" if self.kasa_config else lora_init.changes_base(self.init_lora_weights)
+
+    def check_beside(self, others: dict[str, PeftConfig]) -> None:
+        """Raises:
+        ConfigError: only one of two adapters is KaSA, for which the base weights change; they replicate layers in other
+            ways; or they target other parameters, since the names in their files, which are peft's, depend on all.
+        """
+        for name, other in others.items():
+            if bool(self.kasa_config) != bool(getattr(other, "kasa_config", None)):
+                raise ConfigError(
+                    "KaSA cannot be combined with adapters that don't use KaSA, since KaSA modifies the base weights: "
+                    f"of the new adapter and {name!r} only one uses it.",
+                    "kasa_config",
+                )
+            if self.layer_replication and self.layer_replication != getattr(other, "layer_replication", None):
+                raise ConfigError(
+                    f"The layers of this model are those that adapter {name!r} was made for; layer_replication must be "
+                    "the same.",
+                    "layer_replication",
+                )
+            mine, theirs = (set(getattr(config, "target_parameters", None) or ()) for config in (self, other))
+            if mine and theirs and mine != theirs:
+                raise ConfigError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(mine)} for the new adapter and {sorted(theirs)} for adapter "
+                    f"'{name}'.",
+                    "target_parameters",
+                )
 
     def converted(self, trained: dict[str, Tensor], start: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoraConfig]:
         """B A - B0 A0 = [B, -B0] [A; A0]: a plain adapter of twice the rank for the base weights as they were."""
@@ -221,7 +277,7 @@ class LoraConfig(TargetConfig):
 class Lora(DeltaAdapter):
     """Low-rank update of a linear or convolutional layer; `lora_A`: in -> r, `lora_B`: r -> out."""
 
-    views = (
+    views: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "scaling", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
         *("lora_bias", "use_rslora", "use_dora", "lora_magnitude_vector"),
     )
@@ -233,7 +289,7 @@ class Lora(DeltaAdapter):
         super().__init__()
         self.r = pattern_value(config.rank_pattern, path, config.r)
         self.lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.scaling = self.initial_scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.fixed_B = config.init_lora_weights in lora_init.FIXED_B
@@ -244,10 +300,18 @@ class Lora(DeltaAdapter):
         groups = getattr(layer, "groups", 1)
         if self.r % groups:
             raise TargetError(
-                f"{path} has {groups} groups, by which r={self.r} cannot be divided; choose another r.", "r"
+                f"Targeting a {type(layer).__name__} with groups={groups} and rank {self.r}. Currently, support is "
+                "limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
+                f"not target this specific layer, {path}.",
+                "r",
             )
         if config.lora_bias and layer.bias is None:
-            warnings.warn(f"`lora_bias=True`, but {path} has no bias: merging will not be possible.", stacklevel=2)
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {type(layer).__name__} has no bias. This "
+                f"means that merging LoRA weights won't be possible ({path}).",
+                PeftWarning,
+                stacklevel=2,
+            )
         init = config.init_lora_weights
         self.lora_A, self.lora_B = base_ops.low_rank(layer, self.r, config.lora_bias)
         start = self.start(layer, config)
@@ -285,6 +349,9 @@ class Lora(DeltaAdapter):
             self.factors()[0].requires_grad_(False)
         return self
 
+    def kind(self, layer: nn.Module) -> str:
+        return f"lora.{base_ops.name_of(layer)}"
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """B `(out, r, *1)` and A `(r, in, *kernel)`."""
         return self.lora_B.weight, self.lora_A.weight
@@ -318,7 +385,7 @@ class LoraEmbedding(Lora):
 
     def init_factors(self, layer: base_ops.Layer, config: LoraConfig, path: str) -> None:
         if config.lora_bias:
-            raise ConfigError(f"lora_bias=True is not supported for {path}, an embedding.", "lora_bias")
+            raise ConfigError(f"lora_bias=True is not supported for Embedding ({path}).", "lora_bias")
         vocabulary, dim = base_ops.features(layer)
         self.lora_dropout = nn.Identity()  # ids cannot be dropped
         self.lora_embedding_A = nn.Parameter(torch.randn(self.r, vocabulary))
@@ -380,13 +447,3 @@ class TiedLora(Adapter):
             return self._source[0].saved()
         up, down = self._source[0].factors()
         return {"lora_A.weight": up.detach().T, "lora_B.weight": down.detach().T}
-
-
-def build(layer: base_ops.Layer, config: LoraConfig, path: str) -> Lora | LoraParameters:
-    """The LoRA adapter for a layer of any kind, with what the configuration asks for."""
-    from .dora import Dora, DoraEmbedding  # which build on the classes above
-
-    if isinstance(layer, nn.MultiheadAttention):
-        return on_attention(layer, config, path)
-    plain, dora = (LoraEmbedding, DoraEmbedding) if isinstance(layer, nn.Embedding) else (Lora, Dora)
-    return (dora if config.use_dora else plain)(layer, config, path)

@@ -182,7 +182,7 @@ def lora_ga(layer: base_ops.Layer, r: int, s: float, config: Any) -> Start | Non
         return None
     options = config.lora_ga_config
     if options is None:
-        raise ConfigError("init_lora_weights='lora_ga' needs lora_ga_config=LoraGAConfig(...).", "lora_ga_config")
+        raise ConfigError("lora_ga_config must be provided for init_lora_weights='lora_ga'.", "lora_ga_config")
     W = _weight(layer, r)
     gradient = layer._peft_loraga_grad.float()
     gradient = gradient.T if base_ops.kind_of(layer) == base_ops.CONV1D else gradient
@@ -221,8 +221,14 @@ INITIALISATIONS: dict[str, Initialisation] = {
 }
 PLAIN = ("gaussian", "eva")  # read no weight
 SPLITTING = ("pissa", "olora", "corda", "lora_ga")  # move a part of the base weight into the adapter, restorably
+TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
 FIXED_B = ("mica",)  # only A trains
 ON_EMBEDDINGS = ("mica",)  # the others start embeddings as `init_lora_weights=True` does
+
+
+def changes_base(name: Any) -> str | None:
+    """The title of an initialisation that changes the base weights; None for others."""
+    return next((title for start, title in TITLES.items() if str(name).lower().startswith(start)), None)
 
 
 def known(name: Any) -> bool:
@@ -275,8 +281,8 @@ def _weight(layer: base_ops.Layer, r: int, title: str = "This init_lora_weights"
         ConfigError: it is not a matrix of floating-point numbers, or has fewer than r directions.
     """
     W = base_ops.read_weight(layer).detach()
-    if W.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"{title} requires a floating-point base layer, not {W.dtype}.")
+    if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"{title} requires a floating-point base layer, not {layer.weight.dtype}.")
     if r > min(W.shape):
         raise ConfigError(
             f"{title} requires `r` <= min(in_features, out_features), not r={r} for a weight {tuple(W.shape)}.",

@@ -30,7 +30,7 @@ class ParameterFactors(nn.Module):
         super().__init__()
         self.r = pattern_value(config.rank_pattern, path, config.r)
         self.lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        self.scaling = self.lora_alpha / (self.r**0.5 if config.use_rslora else self.r)
+        self.scaling = self.initial_scaling = self.lora_alpha / (self.r**0.5 if config.use_rslora else self.r)
         self.shape, self.transposed = shape, transposed
         experts = shape[0] if len(shape) == 3 else 1
         inner, out = shape[-2:] if transposed else shape[:-3:-1]
@@ -74,14 +74,19 @@ class LoraParameters(Adapter):
         TargetError: a parameter has neither 2 nor 3 dimensions.
     """
 
-    views = ("r", "lora_alpha", "scaling", "lora_A", "lora_B", "parameter_name")
+    views = ("r", "lora_alpha", "scaling", "lora_A", "lora_B")
+    facts = ("parameter_name",)
     by_row = False
 
     def __init__(self, layer: nn.Module, names: dict[str, str], config: Any, path: str):
         super().__init__()
-        for option in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
-            if getattr(config, option) and (option in ("lora_bias", "use_dora") or not is_attention(layer)):
-                raise ConfigError(f"LoRA on the parameters of {path} does not work with {option}.", option)
+        refused = [config.variant, "lora_bias", *(() if is_attention(layer) else ("lora_dropout", "fan_in_fan_out"))]
+        for option in refused:
+            if option and getattr(config, option):
+                raise ConfigError(
+                    f"{self.kind(layer)} does not work with {option}: LoRA on the parameters of {path} is plain.",
+                    option,
+                )
         if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "eva"):
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r} is for layers, not for the parameters of {path}.",
@@ -89,7 +94,7 @@ class LoraParameters(Adapter):
             )
         self.names = list(names)
         self.prefixes = list(names.values())
-        self.factors = nn.ModuleList()
+        self.factors: list[ParameterFactors] = []  # not a ModuleList, since their layers go by other names
         self._layer = [layer]  # in a list, so that it is not a part of the adapter
         for name in names:
             shape = tuple(_value(layer, name).shape)
@@ -99,24 +104,44 @@ class LoraParameters(Adapter):
                 )
             transposed = len(shape) == 3 and getattr(layer, "is_transposed", False)
             key = path if is_attention(layer) else f"{path}.{name}"
-            self.factors.append(ParameterFactors(shape, transposed, config, key))
+            factors = ParameterFactors(shape, transposed, config, key)
+            self.factors.append(factors)
+            for side in ("lora_A", "lora_B"):
+                self.add_module(self.attribute(side, names[name]), getattr(factors, side))
+
+    def attribute(self, side: str, prefix: str) -> str:
+        """What `lora_A` or `lora_B` of the parameter with this prefix is called here."""
+        return f"{side}_inside_{self.prefixes.index(prefix)}" if prefix else side
 
     def __getattr__(self, name: str) -> Any:
-        if name in LoraParameters.views:  # those of the parameter whose key has no prefix
-            outermost = self.prefixes.index("")
-            return self.names[outermost] if name == "parameter_name" else getattr(self.factors[outermost], name)
+        if name in ("r", "lora_alpha", "scaling"):  # those of the parameter whose key has no prefix
+            return getattr(self.factors[self.prefixes.index("")], name)
         return super().__getattr__(name)
+
+    def kind(self, layer: nn.Module) -> str:
+        return "lora.MultiheadAttention" if is_attention(layer) else "lora.ParamWrapper"
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
+
+    def scaled(self) -> list[Any]:
+        return list(self.factors)
+
+    @property
+    def parameter_name(self) -> str:
+        """The parameter whose key has no prefix."""
+        return self.names[self.prefixes.index("")]
 
     def slots(self) -> dict[str, Slot]:
         return {
-            f"{prefix}{factor}.weight": (getattr(factors, factor), "weight")
+            f"{prefix}{side}.weight": (getattr(factors, side), "weight")
             for prefix, factors in zip(self.prefixes, self.factors, strict=True)
-            for factor in ("lora_A", "lora_B")
+            for side in ("lora_A", "lora_B")
         }
 
     def deltas(self) -> dict[str, Tensor]:
         """What is added to each parameter, by its path in the module."""
-        deltas = {name: f.delta() for name, f in zip(self.names, self.factors, strict=True)}  # type: ignore[operator]
+        deltas = {name: f.delta() for name, f in zip(self.names, self.factors, strict=True)}
         if OUTPUT in deltas:  # peft adds it twice, once outside the gradient, so that is what files are trained for
             deltas[OUTPUT] = deltas[OUTPUT] + deltas[OUTPUT].detach()
         return deltas

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, MergeError
 
 from .. import base_ops
 from ..adapter import Adapter
@@ -42,7 +42,7 @@ class TrainableTokensConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = name_set(self.target_modules, "target_modules")
+        name_set(self.target_modules, "target_modules")  # peft's files keep the order
         check_indices(self.token_indices, "token_indices")
 
 
@@ -88,6 +88,19 @@ class TrainableTokens(Adapter):
     def trainable_tokens_original(self) -> Tensor:
         """The base's rows, `(tokens, dim)`."""
         return self._layer[0].weight[self.indices].detach()
+
+    def kind(self, layer: nn.Module) -> str:
+        return "TrainableTokensLayer"
+
+    def check_merge(self, name: str, others: dict[str, Adapter]) -> None:
+        """Refuse tokens that another adapter has written, where only one of the two can act."""
+        for other in others.values():
+            both = sorted({*self.token_indices} & {*getattr(other, "token_indices", ())})
+            if both and self.exclusive:
+                raise MergeError(
+                    f"Token indices {both} of adapter {name!r} are already defined and would result in undefined "
+                    "merging behavior."
+                )
 
     def rows(self, padding_idx: int | None) -> Tensor:
         """The trained rows; the padding row gets no gradient, as in `nn.Embedding`."""
@@ -137,23 +150,30 @@ class TiedTokens(Adapter):
         self.prefix, self.exclusive = source.prefix, source.exclusive
 
     @property
+    def leader(self) -> TrainableTokens:
+        return self._source[0]
+
+    @property
     def token_indices(self) -> list[int]:
-        return self._source[0].token_indices
+        return self.leader.token_indices
 
     @property
     def trainable_tokens_delta(self) -> nn.Parameter:
-        return self._source[0].trainable_tokens_delta
+        return self.leader.trainable_tokens_delta
 
     @property
     def trainable_tokens_original(self) -> Tensor:
-        return self._source[0].trainable_tokens_original
+        return self.leader.trainable_tokens_original
+
+    def kind(self, layer: nn.Module) -> str:
+        return self.leader.kind(layer)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._source[0].act_on(self._layer[0], x, y)
+        return self.leader.act_on(self._layer[0], x, y)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self._source[0].write_into(self._layer[0], weight), bias
+        return self.leader.write_into(self._layer[0], weight), bias
 
     def saved(self) -> dict[str, Tensor]:
         """The same rows again, under this layer's name, as peft writes them; inside LoRA they are written once."""
-        return {} if self._source[0].prefix else self._source[0].saved()
+        return {} if self.leader.prefix else self.leader.saved()
