@@ -52,9 +52,7 @@ class Tally:
 def main() -> int:
     """Run the suite and print the table."""
     tally = Tally()
-    code = pytest.main(
-        [str(SUITE), "-q", "--no-header", "--tb=no", "--no-summary", "-p", "no:cacheprovider"], plugins=[tally]
-    )
+    code = pytest.main([str(SUITE), "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"], plugins=[tally])
     Console(width=1000).print(tally.table())  # as wide as it needs: a cut table says less than a wrapped one
     return int(code)
 

@@ -104,7 +104,9 @@ def _prompts(method: str, **rest: Any) -> list[Case]:
         "bert-seq-cls": (models.bert_classifier, "SEQ_CLS"),
         "bert-token-cls": (models.bert_tagger, "TOKEN_CLS"),
         "gpt2": (models.gpt2, "CAUSAL_LM"),
+        "gemma2": (models.gemma2, "CAUSAL_LM"),
         "gemma3": (models.gemma3_tied, "CAUSAL_LM"),
+        "opt": (models.opt, "CAUSAL_LM"),
         "t5": (models.t5, "SEQ_2_SEQ_LM"),
     }
     return [_prompt(id, method, base, task, **rest) for id, (base, task) in tasks.items()]
@@ -195,6 +197,8 @@ CASES = [
     _lora(
         "gemma3-tokens", models.gemma3_tied, task_type="CAUSAL_LM", r=4, trainable_token_indices=TOKENS, together=False
     ),
+    _lora("gemma2", models.gemma2, task_type="CAUSAL_LM", r=4),
+    _lora("vit", models.vit, target_modules=["q_proj", "fc2", "projection"], r=4),
     _lora("t5", models.t5, task_type="SEQ_2_SEQ_LM", r=4),
     _lora("t5-feedforward", models.t5, task_type="SEQ_2_SEQ_LM", r=4, target_modules=["wi", "wo", "k"]),
     _lora("conv", models.conv_net, target_modules=["conv1", "conv2", "head"], r=4),
@@ -285,6 +289,8 @@ CASES = [
     _adalora("bert-modules-to-save", models.bert_classifier, init_r=4, modules_to_save=["classifier"]),
     _adalora("gpt2", models.gpt2, task_type="CAUSAL_LM", fan_in_fan_out=True, init_r=4),
     _adalora("gpt2-tokens", models.gpt2, fan_in_fan_out=True, init_r=4, trainable_token_indices=TOKENS),
+    _adalora("gemma2", models.gemma2, task_type="CAUSAL_LM", init_r=4),
+    _adalora("vit", models.vit, target_modules=["q_proj", "fc2"], modules_to_save=["classifier"], init_r=4),
     _adalora("llama", models.llama_tied, task_type="CAUSAL_LM", target_modules="all-linear", init_r=4),
     _adalora("opt", models.opt, task_type="CAUSAL_LM"),
     _adalora("t5", models.t5, task_type="SEQ_2_SEQ_LM", init_r=3),
@@ -301,6 +307,8 @@ CASES = [
     _ia3("bert-random", models.bert_classifier, init_ia3_weights=False, starts_as_base=False),
     _ia3("bert-exclude", models.bert_classifier, exclude_modules=["layer.0.attention.self.key"]),
     _ia3("gpt2", models.gpt2, task_type="CAUSAL_LM", fan_in_fan_out=True),
+    _ia3("gemma2", models.gemma2, task_type="CAUSAL_LM"),
+    _ia3("vit", models.vit, target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]),
     _ia3("llama", models.llama_tied, task_type="CAUSAL_LM"),
     _ia3("opt", models.opt, task_type="CAUSAL_LM"),
     _ia3("t5", models.t5, task_type="SEQ_2_SEQ_LM"),
@@ -335,6 +343,8 @@ CASES = [
     *_lycoris("bert-dropout", models.bert_classifier, r=2, rank_dropout=0.3, module_dropout=0.2),
     *_lycoris("bert-random", models.bert_classifier, r=2, init_weights=False, starts_as_base=False),
     *_lycoris("llama", models.llama_tied, task_type="CAUSAL_LM", r=1),
+    *_lycoris("gemma2", models.gemma2, task_type="CAUSAL_LM", r=2),
+    *_lycoris("vit", models.vit, target_modules=["q_proj", "fc2", "projection"], r=2),
     *_lycoris("opt", models.opt, task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "fc1", "fc2"]),
     *_lycoris("t5", models.t5, task_type="SEQ_2_SEQ_LM", r=2),
     *_lycoris("mlp", models.mlp, target_modules=["layers.0"], modules_to_save=["head"], r=2, together=False),
@@ -357,6 +367,7 @@ CASES = [
     _tokens("llama-tied", models.llama_tied, task_type="CAUSAL_LM"),
     _tokens("llama-untied", models.llama_untied, task_type="CAUSAL_LM"),
     _tokens("llama-head", models.llama_untied, task_type="CAUSAL_LM", target_modules=["lm_head"]),
+    _tokens("gemma2-tied", models.gemma2, task_type="CAUSAL_LM"),
     _tokens("gemma3-scaled", models.gemma3_tied, task_type="CAUSAL_LM"),
     _tokens("t5-tied", models.t5, task_type="SEQ_2_SEQ_LM"),
     _tokens("opt", models.opt, task_type="CAUSAL_LM"),
@@ -367,7 +378,6 @@ CASES = [
     _prompt("bert-saved", "prompt_tuning", models.bert_classifier, "SEQ_CLS", modules_to_save=["pooler"]),
     *_prompts("prefix_tuning"),
     _prompt("llama", "prefix_tuning", models.llama_untied, "CAUSAL_LM", init_weights="zero"),
-    _prompt("opt", "prefix_tuning", models.opt, "CAUSAL_LM"),
     _prompt("t5-deep", "prefix_tuning", models.t5_deep, "SEQ_2_SEQ_LM"),
     _prompt(
         "llama-projection",

@@ -16,6 +16,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -28,6 +30,8 @@ from transformers import (
     OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 VOCAB = 50
@@ -141,6 +145,23 @@ def mistral() -> nn.Module:
     return MistralForCausalLM(config)
 
 
+@tiny
+def gemma2() -> nn.Module:
+    """Norms before and after each block, and soft-capped logits."""
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    return Gemma2ForCausalLM(config)
+
+
 def _gemma3(tied: bool) -> nn.Module:
     config = Gemma3TextConfig(
         vocab_size=VOCAB,
@@ -207,6 +228,23 @@ def opt() -> nn.Module:
         attention_dropout=0.0,
     )
     return OPTForCausalLM(config)
+
+
+@tiny
+def vit() -> nn.Module:
+    """A transformer on images of 8 by 8."""
+    config = ViTConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.num_labels = 3
+    return ViTForImageClassification(config)
 
 
 class ConvNet(nn.Module):
@@ -310,6 +348,8 @@ def parts() -> nn.Module:
 def inputs(factory: Factory) -> dict[str, Any]:
     """Arguments of one forward call, equal at every call: ids (rows, length) or images (rows, 3, 8[, 8[, 8]])."""
     draw = torch.Generator().manual_seed(2)
+    if factory is vit:
+        return {"pixel_values": torch.randn(ROWS, 3, 8, 8, generator=draw)}
     if factory in CONV_NETS:
         return {"x": torch.randn(ROWS, 3, *[8] * CONV_NETS[factory], generator=draw)}
     ids = torch.randint(2, VOCAB, (ROWS, LENGTH), generator=draw)

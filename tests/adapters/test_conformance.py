@@ -407,6 +407,16 @@ def test_loads_for_training(case: Case, tmp_path: Path) -> None:
     assert loaded.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
 
 
+@every_case
+def test_low_cpu_mem_usage(case: Case, tmp_path: Path) -> None:
+    """An adapter that waited without memory for its file is the one that was saved."""
+    ours, _ = pair(case)
+    ours.save_pretrained(tmp_path)
+    loaded = adapters.PeftModel.from_pretrained(case.base(), tmp_path, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    same(forward(loaded.eval(), case), forward(ours, case))
+
+
 @every_pair
 def test_adapters_from_files(case: Case, tmp_path: Path) -> None:
     """A second adapter is saved in a folder of its own name and loaded beside the first."""

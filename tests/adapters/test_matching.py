@@ -201,6 +201,20 @@ def test_status_of_what_goes_along(extra: dict[str, Any]) -> None:
     compare()
 
 
+@quiet
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 3), nn.Embedding(5, 4), nn.Conv1d(2, 3, 3), nn.Conv2d(4, 6, 3, groups=2)]
+)
+def test_sizes_and_attributes_of_a_layer(layer: nn.Module) -> None:
+    mine, wanted = (
+        m.get_base_model().layer for m in wrap(lambda: nn.ModuleDict({"layer": layer}), target_modules="layer")
+    )
+    assert (mine.in_features, mine.out_features) == (wanted.in_features, wanted.out_features)
+    held = {name for name in wanted.adapter_layer_names if "default" in getattr(wanted, name)}
+    assert set(mine.adapter_layer_names) - {"lora_dropout"} == held
+    assert "scaling" in mine.other_param_names
+
+
 # --- tied weights ---
 
 

@@ -27,6 +27,7 @@ from .kv_prefix import (
     initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values,
 )
+from .loftq import replace_lora_weights_loftq
 from .methods.adalora import AdaLoraConfig
 from .methods.adaption_prompt import AdaptionPromptConfig
 from .methods.corda import preprocess_corda
@@ -164,6 +165,7 @@ __all__ = [
     "preprocess_loraga",
     "prompt_embeddings_from_past_key_values",
     "reduce_intruder_dimension",
+    "replace_lora_weights_loftq",
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",

@@ -17,15 +17,18 @@ from .inject import fill_defaults
 from .injected import InjectedTuner, tuner_of
 from .matching import is_target, sites
 from .registry import by_peft_type
+from .tuner_layer import TunerLayer
 
 __all__ = [
     "cast_adapter_dtype",
     "delete_adapter",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "key_prefixes",
     "set_adapter",
     "set_peft_model_state_dict",
     "set_requires_grad",
+    "with_prefixes",
 ]
 
 COMPILED = "_orig_mod."  # what the names of a compiled model's modules start with
@@ -120,6 +123,23 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     tuner = tuner_of(model)
     for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
         tuner.set_requires_grad(name, requires_grad)
+
+
+def key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
+    """What the names of the adapters' tensors start with in `model.state_dict()`; of one adapter, if it is named. Those
+    of modules that train along (`modules_to_save`, tokens beside another method) are not among them."""
+    return {
+        ".".join([path, view.path, *([adapter_name] if adapter_name else [])]).lstrip(".")
+        for path, layer in model.named_modules()
+        if isinstance(layer, TunerLayer) and not layer.auxiliary
+        for view in layer.containers()
+        if adapter_name is None or adapter_name in view
+    }
+
+
+def with_prefixes(state_dict: dict[str, Any], prefixes: set[str]) -> dict[str, Any]:
+    """The part of a state dict whose names start so, e.g. the adapters' alone, without the base model's."""
+    return {key: value for key, value in state_dict.items() if any(f"{key}.".startswith(f"{p}.") for p in prefixes)}
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

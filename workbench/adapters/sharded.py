@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,20 +21,13 @@ _IN_NAMES = re.compile(rf"\b({'|'.join(WRAPPERS)})\.")
 def values_from(state_dict: dict[str, Tensor], model: nn.Module, owners: Iterable[nn.Module]) -> Iterator[None]:
     """Within this context, the parameters and buffers that these modules of the model hold themselves are the tensors
     of a state dict of the model: whole ones, where the model has shards."""
-    names: dict[int, str] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            name = _IN_NAMES.sub("", name)
-            if name in state_dict:
-                names[id(tensor)] = name
-    before = []
-    for owner in owners:
-        for store in (owner._parameters, owner._buffers):
-            for leaf, tensor in store.items():
-                if id(tensor) in names:
-                    before.append((store, leaf, tensor))
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = [(_IN_NAMES.sub("", name), id(tensor)) for name, tensor in tensors]
+    values = {key: state_dict[name] for name, key in names if name in state_dict}
+    stores: list[dict[str, Any]] = [store for owner in owners for store in (owner._parameters, owner._buffers)]
+    before = [(store, leaf, tensor) for store in stores for leaf, tensor in store.items() if id(tensor) in values]
     for store, leaf, tensor in before:
-        store[leaf] = nn.Parameter(state_dict[names[id(tensor)]], requires_grad=False)
+        store[leaf] = nn.Parameter(values[id(tensor)], requires_grad=False)
     try:
         yield
     finally:

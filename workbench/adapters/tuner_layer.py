@@ -14,6 +14,7 @@ from workbench.errors import AdapterNameError, LayerKindError, MergeError
 
 from . import base_ops, quantised
 from .adapter import Adapter, DeltaAdapter
+from .buffer_dict import BufferDict
 
 BASE = "__base__"  # in `adapter_names`: this row goes through the base model alone
 
@@ -53,9 +54,9 @@ class AdapterView(MutableMapping[str, Any], nn.Module):
         return {name: value for name, value in held.items() if value is not None}
 
     # what the adapters hold, in the places where torch looks for it; its own constructor wants to set them
-    _parameters = property(lambda self: self._held("_parameters"), lambda self, _: None)  # type: ignore[assignment]
-    _buffers = property(lambda self: self._held("_buffers"), lambda self, _: None)  # type: ignore[assignment]
-    _modules = property(lambda self: self._held("_modules"), lambda self, _: None)  # type: ignore[assignment]
+    _parameters = property(lambda self: self._held("_parameters"), lambda self, _: None)
+    _buffers = property(lambda self: self._held("_buffers"), lambda self, _: None)
+    _modules = property(lambda self: self._held("_modules"), lambda self, _: None)
 
     @property
     def holds(self) -> bool:
@@ -111,8 +112,12 @@ class ModuleView(AdapterView, nn.ModuleDict):
     """A view of modules, such as `layer.lora_A`."""
 
 
-class ParameterView(AdapterView, nn.ParameterDict):
+class ParameterView(AdapterView, nn.ParameterDict):  # type: ignore[misc]  # of `get` the view's own counts
     """A view of parameters, such as `layer.hada_w1_a`."""
+
+
+class BufferView(AdapterView, BufferDict):
+    """A view of buffers."""
 
 
 class Values(dict[str, Any]):
@@ -168,7 +173,8 @@ class TunerLayer(nn.Module):
         self.adapters[name] = adapter
         self.bring(name)
         held = {
-            **dict.fromkeys((*adapter.views, *adapter._buffers), AdapterView),
+            **dict.fromkeys(adapter.views, AdapterView),
+            **dict.fromkeys(adapter._buffers, BufferView),
             **dict.fromkeys(adapter._modules, ModuleView),
             **dict.fromkeys(adapter._parameters, ParameterView),
         }
@@ -289,6 +295,26 @@ class TunerLayer(nn.Module):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
+    @property
+    def in_features(self) -> int:
+        """Numbers in, also of layers that torch gives no such attribute: of an embedding the rows."""
+        return base_ops.features(self.base_layer)[0]
+
+    @property
+    def out_features(self) -> int:
+        """Numbers out."""
+        return base_ops.features(self.base_layer)[1]
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Attributes that hold parameters of adapters."""
+        return tuple(name for name, view in self._views.items() if view._modules or view._parameters)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Attributes that hold something else of each adapter."""
+        return tuple(name for name in self._views if name not in self.adapter_layer_names)
+
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapters)
 
@@ -353,6 +379,10 @@ class TunerLayer(nn.Module):
             names["base_layer"] = "original_module" if first.replaces else f"{first.prefix}base_layer"
         return names
 
+    def containers(self) -> list[AdapterView]:
+        """The views of modules, parameters and buffers."""
+        return [view for view in self._views.values() if view.holds]
+
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
@@ -366,9 +396,8 @@ class TunerLayer(nn.Module):
         start = f"{prefix}." if prefix else ""
         base = self.renamed().get("base_layer", "base_layer")
         yield from self.base_layer.named_modules(memo, start + base, remove_duplicate)
-        for view in self._views.values():
-            if view.holds:
-                yield from view.named_modules(memo, start + view.path, remove_duplicate)
+        for view in self.containers():
+            yield from view.named_modules(memo, start + view.path, remove_duplicate)
 
     # ---------------------------------------------------------------- forward
 
@@ -463,10 +492,8 @@ class TunerLayer(nn.Module):
                 before = [*self.merged_adapters, *names[: names.index(name)]]
                 self.adapter(name).check_merge(name, {other: self.adapter(other) for other in before})
                 changed |= self.adapter(name).merged_parameters(self.base_layer, changed)
-                broken = [key for key, tensor in changed.items() if safe_merge and not tensor.isfinite().all()]
-                if broken:
-                    what = "bias" if broken == ["bias"] else "weights"
-                    raise MergeError(f"NaNs detected in the merged {what}. The adapter {name} seems to be broken")
+                if safe_merge and not all(tensor.isfinite().all() for tensor in changed.values()):
+                    raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return names, changed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:

@@ -289,7 +289,8 @@ def produce(model: PeftModel, base: Base, split: Split, indices: list[int], long
         eos_token_id=base.tokenizer.eos_token_id,
         decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
     )
-    written = model.generate(generation_config=greedy, adapter_names=None, **to_device(inputs, base.device))
+    prompt: dict[str, Any] = to_device(inputs, base.device)
+    written = model.generate(generation_config=greedy, **prompt)
     if base.task == "CAUSAL_LM":
         written = written[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in base.tokenizer.batch_decode(written, skip_special_tokens=True)]

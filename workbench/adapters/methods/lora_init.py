@@ -143,6 +143,13 @@ def orthogonal(layer: base_ops.Layer, r: int, s: float, config: Any) -> Start:
     return Start(A, B)
 
 
+def low_rank(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A `(r, in)` and B `(out, r)`, of whose products B A is nearest to W, and which share its singular values."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = S[:r].sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
 def loftq(layer: base_ops.Layer, r: int, s: float, config: Any) -> Start:
     """The base layer is quantised, and the factors make up for the error (LoftQ, Li et al. 2023, arXiv:2310.08659,
     alg. 1). The quantised weight is kept as floating-point numbers."""
@@ -151,9 +158,7 @@ def loftq(layer: base_ops.Layer, r: int, s: float, config: Any) -> Start:
     product = torch.zeros_like(W)
     for _ in range(options.loftq_iter):
         quantised = nf4(W - product) if options.loftq_bits == 4 else int8(W - product)
-        U, S, Vh = torch.linalg.svd(W - quantised, full_matrices=False)
-        root = S[:r].sqrt()
-        A, B = root[:, None] * Vh[:r], U[:, :r] * root
+        A, B = low_rank(W - quantised, r)
         product = B @ A
     return Start(A, B, quantised)
 

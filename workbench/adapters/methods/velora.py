@@ -74,7 +74,7 @@ class Velora(Lora):
     @property
     def lora_velora_initialized(self) -> bool:
         """Whether the direction is known."""
-        return bool(self.lora_velora_embed.any())
+        return not self.lora_velora_embed.is_meta and bool(self.lora_velora_embed.any())
 
     def init_factors(self, layer: base_ops.Layer, config: LoraConfig, path: str) -> None:
         super().init_factors(layer, config, path)
