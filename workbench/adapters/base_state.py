@@ -10,8 +10,6 @@ from .checkpoint import LoadResult
 from .model import PeftModel
 from .tuner_layer import TunerLayer
 
-BASE = "base_layer"
-
 
 def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """The base model's state dict, as it would be without adapters. Merged adapters are in the weights."""
@@ -39,7 +37,7 @@ def set_base_model_state_dict(model: PeftModel, state_dict: dict[str, Tensor], s
 def base_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Every key of the base model's own state dict, and the key that it has while layers are wrapped."""
     modules = model.named_modules(remove_duplicate=False)
-    wrapped = [(path, module.renamed().get(BASE, BASE)) for path, module in modules if isinstance(module, TunerLayer)]
+    wrapped = [(path, module.base_name) for path, module in modules if isinstance(module, TunerLayer)]
     for held in model.state_dict():
         key = held
         for path, base in reversed(wrapped):  # what is inside comes before what is around it

@@ -153,7 +153,14 @@ def _embedding_tensors(tuner: Tuner, adapter_name: str) -> dict[str, Tensor]:
     for site in sites(tuner.model):
         if any(site.module is layer for layer in embeddings) and (site.wrapper is not None or not targeted):
             tensors |= {f"{base_path(site)}.{name}": tensor for name, tensor in site.module.state_dict().items()}
+            tensors |= {f"{site.path}.{name}": tensor for name, tensor in _copy(site, adapter_name).items()}
     return tensors
+
+
+def _copy(site: Site, adapter_name: str) -> dict[str, Tensor]:
+    """What a trained copy of the module holds, under the names that peft gives it besides when it saves embeddings."""
+    copies = [] if site.wrapper is None else [a for n, a in site.wrapper.named_adapters().items() if n == adapter_name]
+    return {name: tensor for copy in copies if copy.replaces for name, tensor in copy.state_dict().items()}
 
 
 class LoadResult:
@@ -199,13 +206,13 @@ def match_slots(
         tensors = {key.removeprefix(Tuner.key_prefix): tensor for key, tensor in tensors.items()}
     own: dict[str, Slot] = {}
     values = dict(tensors)
-    tied: set[str] = set()
+    again: set[str] = set()
     for start, part in tuner.parts(adapter_name):
         for name, slot in part.slots().items():
             own[start + name] = slot
             if start + name in tensors:
                 values[start + name] = part.restored(name, tensors[start + name])
-        tied |= {start + name for name in part.saved()}
+        again |= {start + name for name in (*part.saved(), *part.state_dict())}  # the same again
     known = {tuner.key_prefix + name: slot for name, slot in base_slots(tuner.model).items()} | own
     places = {key: known[key] for key in tensors if key in known}
     shapes = {key: (tuple(values[key].shape), tuple(getattr(*slot).shape)) for key, slot in places.items()}
@@ -219,7 +226,7 @@ def match_slots(
     if mismatched:
         warnings.warn(f"Left out, since `ignore_mismatched_sizes=True`:{said}", stacklevel=3)
     missing = [key for key in own if key not in tensors]
-    unexpected = [key for key in tensors if key not in known and key not in tied]
+    unexpected = [key for key in tensors if key not in known and key not in again]
     return [(slot, values[key]) for key, slot in places.items() if key not in mismatched], LoadResult(
         missing, unexpected
     )
@@ -245,12 +252,8 @@ def fill(slot: Slot, tensor: Tensor) -> None:
 
 
 def base_path(site: Site) -> str:
-    """What the names of a base model's module start with in a checkpoint: they say whether it is wrapped, and that
-    trainable tokens beside another method have a place of their own in the wrapper."""
-    if site.wrapper is None:
-        return site.path
-    own_place = next((adapter.prefix for adapter in site.wrapper.named_adapters().values() if adapter.prefix), "")
-    return f"{site.path}.{own_place}base_layer"
+    """What the names of a module of the base model start with in a checkpoint: they say whether it is wrapped."""
+    return site.path if site.wrapper is None else f"{site.path}.{site.wrapper.base_name}"
 
 
 def base_slots(model: nn.Module) -> dict[str, Slot]:

@@ -374,10 +374,15 @@ class TunerLayer(nn.Module):
             for attribute, view in self._views.items()
             for name in view
         }
-        first = next(iter(self.adapters.values()), None)
-        if first is not None and self.auxiliary:
-            names["base_layer"] = "original_module" if first.replaces else f"{first.prefix}base_layer"
-        return names
+        return names | {"base_layer": self.base_name}
+
+    @property
+    def base_name(self) -> str:
+        """What the base layer is called in peft."""
+        first = next(iter(self.named_adapters().values()), None)
+        if first is None or not self.auxiliary:
+            return "base_layer"
+        return "original_module" if first.replaces else f"{first.prefix}base_layer"
 
     def containers(self) -> list[AdapterView]:
         """The views of modules, parameters and buffers."""
@@ -394,8 +399,7 @@ class TunerLayer(nn.Module):
             memo.add(self)
         yield prefix, self
         start = f"{prefix}." if prefix else ""
-        base = self.renamed().get("base_layer", "base_layer")
-        yield from self.base_layer.named_modules(memo, start + base, remove_duplicate)
+        yield from self.base_layer.named_modules(memo, start + self.base_name, remove_duplicate)
         for view in self.containers():
             yield from view.named_modules(memo, start + view.path, remove_duplicate)
 
