@@ -48,10 +48,12 @@ def check_whole(tensors: dict[str, Tensor], adapter_name: str) -> None:
     for key, tensor in tensors.items():
         if hasattr(tensor, "full_tensor") or tensor.untyped_storage().nbytes() < tensor.numel():
             raise CheckpointError(f"{key} is not whole in this process. {gather}")
-    shards = [k for k, t in tensors.items() if (".lora_A" in k or ".lora_B" in k) and (t.dim() < 2 or not t.numel())]
+    factors = {k: t for k, t in tensors.items() if (".lora_A" in k or ".lora_B" in k) and not k.endswith(".bias")}
+    shards = [key for key, tensor in factors.items() if tensor.dim() < 2]
     if shards:
         warnings.warn(
-            f"Adapter {adapter_name!r}: {len(shards)} LoRA tensor(s) have invalid shape, such as {shards[0]}. {gather}",
+            f"Adapter {adapter_name!r}: {len(shards)} LoRA tensor(s) have invalid shape, such as {shards[0]}, as "
+            f"DeepSpeed ZeRO-3 / FSDP shards have. {gather}",
             PeftWarning,
             stacklevel=3,
         )

@@ -29,9 +29,11 @@ class Tuner(nn.Module):
 
     Attributes:
         key_prefix: what stands before a base model's path in a checkpoint key.
+        uses_shared_state: whether adapters hold tensors that belong to no layer; those of no method here do.
     """
 
     key_prefix: ClassVar[str] = "base_model.model."
+    uses_shared_state: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, config: PeftConfig, name: str, low_cpu_mem_usage: bool = False, autocast: bool = True
