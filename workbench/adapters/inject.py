@@ -122,9 +122,8 @@ def target_names(model: nn.Module, config: Any, stacked: dict[str, tuple[str, ..
 
 def suggestions(model: nn.Module, method: Method) -> str:
     """Names that would match, for an error message."""
-    names = {
-        site.name for site in sites(model) if base_ops.kind_of(site.module) in method.kinds and not site.name.isdigit()
-    }
+    found = {site.name for site in sites(model) if base_ops.kind_of(site.module) in method.kinds}
+    names = {name for name in found if not name.isdigit()} or found
     return ", ".join(sorted(names)[:20]) or "no layer that this method can adapt"
 
 
