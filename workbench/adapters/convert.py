@@ -48,8 +48,7 @@ def update_of(layer: TunerLayer, name: str) -> Tensor | None:
 def supports_lora_conversion(model: PeftModel, adapter_name: str = "default") -> bool:
     """Whether `convert_to_lora` takes an adapter of the model."""
     tuner = model.base_model
-    layers = [layer for _, layer in tuner.adapted_layers() if adapter_name in layer.adapters]
-    layers = [layer for layer in layers if not layer.adapter(adapter_name).replaces]
+    layers = [layer for _, layer in tuner.layers_of(adapter_name) if not layer.adapter(adapter_name).replaces]
     return bool(layers) and all(update_of(layer, adapter_name) is not None for layer in layers)
 
 
@@ -114,9 +113,7 @@ def convert_to_lora(
     factorise = factors if compile_kwargs is None else torch.compile(factors, **compile_kwargs)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for path, layer in tqdm(list(tuner.adapted_layers()), desc="Converting to LoRA", disable=not progressbar):
-        if adapter_name not in layer.adapters:
-            continue
+    for path, layer in tqdm(list(tuner.layers_of(adapter_name)), desc="Converting to LoRA", disable=not progressbar):
         adapter, prefix = layer.adapter(adapter_name), f"{tuner.key_prefix}{path}."
         if adapter.replaces:
             tensors |= {prefix + name: tensor for name, tensor in adapter.saved().items()}

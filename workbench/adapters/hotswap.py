@@ -83,7 +83,7 @@ def hotswap_adapter_from_state_dict(
         MismatchError, MergeError: as `hotswap_adapter`. Nothing is swapped then.
     """
     tuner = tuner_of(model)
-    layers = {path: layer for path, layer in tuner.adapted_layers() if adapter_name in layer.adapters}
+    layers = dict(tuner.layers_of(adapter_name))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise MergeError(f"Cannot hot-swap adapter {adapter_name!r} while it is merged; call unmerge_adapter first.")
     own: dict[str, tuple[TunerLayer, Tensor]] = {}

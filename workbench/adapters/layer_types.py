@@ -57,7 +57,7 @@ class ParamWrapper(metaclass=LayerType):
     """A module with a LoRA adapter on parameters of its own (`target_parameters`)."""
 
     adapters, auxiliary = (LoraParameters,), False
-    update_layer = TunerLayer.add  # peft's name for it, which libraries look for to see whether it was patched
+    update_layer = TunerLayer.add  # peft's name for it, which versions of transformers have patched
 
 
 class AdaLoraLayer(metaclass=LayerType):

@@ -45,8 +45,8 @@ def replace_lora_weights_loftq(
     """
     found = [
         (path, layer, layer.adapter(adapter_name))
-        for path, layer in peft_model.base_model.adapted_layers()
-        if adapter_name in layer.adapters and isinstance(quantised.backend(layer.base_layer), quantised.Bnb4bitBackend)
+        for path, layer in peft_model.base_model.layers_of(adapter_name)
+        if isinstance(quantised.backend(layer.base_layer), quantised.Bnb4bitBackend)
     ]
     if not found:
         raise TargetError("No bnb LoRA module found on the model: no layer with this adapter is quantised in 4 bits.")

@@ -108,11 +108,14 @@ class Tuner(nn.Module):
                 seen.add(id(wrapper))
                 yield site.path, wrapper
 
+    def layers_of(self, adapter_name: str) -> Iterator[tuple[str, TunerLayer]]:
+        """The layers that an adapter is on, with their paths in the base model."""
+        return ((path, layer) for path, layer in self.adapted_layers() if adapter_name in layer.adapters)
+
     def parts(self, adapter_name: str) -> Iterator[tuple[str, Part]]:
         """All that an adapter holds, place by place, each with what its keys in a checkpoint start with."""
-        for path, layer in self.adapted_layers():
-            if adapter_name in layer.adapters:
-                yield f"{self.key_prefix}{path}.", layer.adapter(adapter_name)
+        for path, layer in self.layers_of(adapter_name):
+            yield f"{self.key_prefix}{path}.", layer.adapter(adapter_name)
 
     def targets(self, adapter_name: str) -> list[str]:
         """Paths of the modules that an adapter changes, without those of which it changes parameters."""
@@ -179,8 +182,8 @@ class Tuner(nn.Module):
 
     def upcast(self, adapter_name: str) -> None:
         """Turn an adapter's half-precision parameters and buffers into float32."""
-        adapters = [layer.adapter(adapter_name) for _, layer in self.adapted_layers() if adapter_name in layer.adapters]
-        for adapter in adapters:
+        for _, layer in self.layers_of(adapter_name):
+            adapter = layer.adapter(adapter_name)
             for tensor in (*adapter.parameters(), *adapter.buffers()) if adapter.upcast else ():
                 if tensor.dtype in HALF:
                     tensor.data = tensor.data.float()
@@ -289,9 +292,8 @@ class Tuner(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of one adapter or several train or not, with the biases their configurations name."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for _, layer in self.adapted_layers():
-                if name in layer.adapters:
-                    layer.adapters[name].requires_grad_(requires_grad)
+            for _, layer in self.layers_of(name):
+                layer.adapters[name].requires_grad_(requires_grad)
             for bias in self.trained_biases(name).values():
                 bias.requires_grad_(requires_grad)
 

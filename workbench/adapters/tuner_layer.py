@@ -319,7 +319,7 @@ class TunerLayer(nn.Module):
         return sorted(self.adapters)
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.adapters)
+        return self._adapters
 
     def _acting(self) -> list[Adapter]:
         return [self.adapter(name) for name in self.active_adapters if name in self.adapters]

@@ -234,9 +234,7 @@ def pattern_key(path: str) -> str:
 
 def trained(tuner: Tuner, name: str) -> dict[str, AdaLora]:
     """The adapters of this name that train, by the path of their layer."""
-    found: dict[str, Any] = {
-        path: layer.adapters[name] for path, layer in tuner.adapted_layers() if name in layer.adapters
-    }
+    found: dict[str, Any] = {path: layer.adapters[name] for path, layer in tuner.layers_of(name)}
     return {path: a for path, a in found.items() if isinstance(a, AdaLora) and a.lora_E.requires_grad}
 
 

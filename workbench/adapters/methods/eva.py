@@ -229,9 +229,7 @@ def _start_from(tuner: Any, directions: dict[str, Tensor], adapter_name: str) ->
     ranks: dict[str, int] = {}
     alphas: dict[str, Any] = {}
     left_out, kept = [], []
-    for path, layer in list(tuner.adapted_layers()):
-        if adapter_name not in layer.adapters:
-            continue
+    for path, layer in list(tuner.layers_of(adapter_name)):
         old: Any = layer.adapter(adapter_name)
         A = directions.get(f"base_model.model.{path}", directions.get(path))
         r = old.r if A is None else len(A)

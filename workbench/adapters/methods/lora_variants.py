@@ -63,9 +63,9 @@ def regularisation(tuner: Tuner, name: str) -> Tensor | None:
     """What the authors of KaSA and of MonteCLoRA add to the loss: the sum, or the mean, of the layers' penalties; None
     for other adapters."""
     config: Any = tuner.peft_config[name]
-    adapters: list[Any] = [layer.adapters[name] for _, layer in tuner.adapted_layers() if name in layer.adapters]
     if config.variant not in ("kasa_config", "monteclora_config"):
         return None
+    adapters: list[Any] = [layer.adapters[name] for _, layer in tuner.layers_of(name)]
     each = [a.penalty(getattr(config, config.variant)) for a in adapters if isinstance(a, (Kasa, Monteclora))]
     penalties = torch.stack([penalty.to(each[0].device) for penalty in each])
     return penalties.sum() if config.variant == "kasa_config" else penalties.mean()
