@@ -18,7 +18,8 @@ WorkbenchError
 │       └── NotAnAdapterError  a file is no adapter configuration (also a TypeError)
 └── TrialError               one trial could not finish; the sweep goes on
     ├── Diverged             the loss became NaN or infinite
-    └── OutOfMemory          the trial did not fit
+    ├── OutOfMemory          the trial did not fit
+    └── TrialFailed          something that nobody foresaw: a bug, or a worker process that died
 
 A message says what is wrong, where, and what to do about it.
 """
@@ -125,6 +126,10 @@ class Diverged(TrialError):
 
 class OutOfMemory(TrialError):
     """A trial needs more memory than there is."""
+
+
+class TrialFailed(TrialError):
+    """Something that nobody foresaw ended a trial."""
 
 
 class PeftWarning(UserWarning):

@@ -287,7 +287,7 @@ def test_out_of_memory_releases_everything(classifying: Workplace, monkeypatch: 
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", greedy)
-    with pytest.raises(OutOfMemory, match=r"smaller batch_size .*Tried to allocate 3 GiB") as caught:
+    with pytest.raises(OutOfMemory, match=r"smaller eval_batch_size .*Tried to allocate 3 GiB") as caught:
         train(model, classifying.base, classifying.data, SETTINGS, seed=0, order_seed=0, on_eval=lambda *_: None)
     assert [reference() for reference in held] == [None, None], "the error must not keep the loop's frames alive"
     assert caught.value.__context__ is None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from workbench.errors import MergeError
 
 from . import base_ops
+from .groups import Groups
 
 Slot = tuple[nn.Module, str]  # a module and the name of one of its parameters or buffers
 
@@ -38,6 +40,16 @@ class Part(nn.Module):
         """The value of a parameter, from a checkpoint's tensor of this name: the reverse of `saved`."""
         return tensor
 
+    def memory(self) -> dict[str, Tensor]:
+        """What training changes beside the parameters, by names of the part's own: its buffers."""
+        return {name: buffer.detach() for name, buffer in self.named_buffers()}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Go on from what `memory` gave."""
+        with torch.no_grad():
+            for name, buffer in self.named_buffers():
+                buffer.copy_(memory[name])
+
 
 class Adapter(Part):
     """Everything that one adapter holds on one layer.
@@ -54,6 +66,9 @@ class Adapter(Part):
         mergeable: whether `merged` exists.
         exclusive: only one such adapter may act on a layer at a time.
         by_row: whether each row of a batch can have an adapter of its own.
+        compute_dtype: of the products with what trains, where this is kept in higher precision than they need; None:
+            its own dtype.
+        by_token: whether what it does at a token, and learns from it, depends on no other token.
         base_weight: the canonical weight that is left to the base layer, for an adapter that takes a part of it into
             itself; None for others, and once the adapter is on a layer. The layer gets its own back afterwards.
         own_weights: gives the canonical weight and the bias of the layer itself, even while adapters are merged into
@@ -70,6 +85,8 @@ class Adapter(Part):
     mergeable: ClassVar[bool] = True
     exclusive: bool = False
     by_row: ClassVar[bool] = True
+    compute_dtype: torch.dtype | None = None
+    by_token: bool = True
     base_weight: Tensor | None = None
     own_weights: Callable[[], tuple[Tensor, Tensor | None]]
     beside: Callable[[], dict[str, Adapter]]
@@ -108,6 +125,23 @@ class Adapter(Part):
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         """The output itself, for adapters with `replaces`."""
         raise NotImplementedError
+
+    # the same for several adapters of one class that share a pass; a method overrides these where that saves operations
+
+    @classmethod
+    def pre_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor) -> Tensor:
+        """`pre` of each adapter on its own group."""
+        return groups.mapped([adapter.pre for adapter in adapters], x)
+
+    @classmethod
+    def post_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor, y: Tensor) -> Tensor:
+        """`post` of each adapter on its own group, in the dtype of y."""
+        return groups.mapped([adapter.post for adapter in adapters], x, y).to(y.dtype)
+
+    @classmethod
+    def replace_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        """`replace` of each adapter on its own group of the first argument."""
+        return groups.mapped([lambda own, a=adapter: a.replace(own, *rest, **kwargs) for adapter in adapters], x)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same map on the canonical weight `(out, in, *kernel)` and the bias `(out,)`, in their dtype.

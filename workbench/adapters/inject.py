@@ -38,6 +38,7 @@ from .virtual_tokens import PromptLearningConfig
 
 HEADS = ("classifier", "score")  # how transformers names the heads of classification models
 ALL_LINEAR = "all-linear"
+NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter on no layer: the head or `modules_to_save` alone train
 LONG_LIST = 20  # from so many target modules on, a shorter list is looked for
 
 
@@ -154,7 +155,8 @@ def plan(model: nn.Module, config: Any) -> list[tuple[Site, str]]:
             )
     of_parameters = [site for site in everything if parameter_names(site, config)]
     check_parameters(model, config, targets, of_parameters)
-    if not targets and not of_parameters and method.kinds:
+    on_nothing = getattr(config, "target_modules", None) == NO_TARGETS
+    if not targets and not of_parameters and method.kinds and not on_nothing:
         raise no_match(model, config, method, everything)
     excluded = getattr(config, "exclude_modules", None)
     if excluded and not any(named(site.path, excluded) for site in everything):

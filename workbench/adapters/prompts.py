@@ -77,9 +77,7 @@ class PromptTuner(Tuner):
         super().add(name, config, low_cpu_mem_usage, autocast)
         if first:
             self.prompt_encoder = nn.ModuleDict()
-            self._hooks = [
-                module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._doors(encoder)
-            ]
+            self._open_doors(encoder)
         self.prompt_encoder[name] = encoder.to(next(self.model.parameters()).device)
         self.set_requires_grad(name, name in self.state.active and not config.inference_mode)
 
@@ -88,8 +86,16 @@ class PromptTuner(Tuner):
         for name in self.prompt_encoder.keys() - self.peft_config.keys():
             del self.prompt_encoder[name]
         if not self.peft_config:
-            for hook in self._hooks:
-                hook.remove()
+            self._close_doors()
+
+    def detach(self) -> None:
+        super().detach()
+        self._close_doors()
+
+    def attach(self) -> None:
+        if self.detached:
+            self._open_doors(self.encoder(self.state.active[0]))
+        super().attach()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
@@ -192,6 +198,15 @@ class PromptTuner(Tuner):
         if self.is_encoder_decoder:  # `generate` calls the encoder by itself
             return [(model, self._enter_decoder), (model.get_encoder(), self._enter_input)]
         return [(model, self._enter_input)]
+
+    def _open_doors(self, encoder: VirtualTokens) -> None:
+        self._hooks = [
+            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._doors(encoder)
+        ]
+
+    def _close_doors(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def acts(self) -> bool:

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from workbench.errors import AdapterNameError, ConfigError, MergeError
+from workbench.errors import AdapterError, AdapterNameError, ConfigError, MergeError
 
 from . import combine
 from .adapter import Part
 from .config import PeftConfig
 from .inject import build, inject, parameter_names
-from .matching import get_model_config, sites, unique
+from .matching import Site, get_model_config, sites, unique
 from .precision import HALF
 from .registry import METHODS, Method, by_peft_type
 from .replication import replicated
-from .tuner_layer import BASE, AdapterState, TunerLayer
+from .tuner_layer import BASE, AdapterState, Held, TunerLayer, exchange
 from .tying import tied_names, warn_of_merging
 
 
@@ -34,6 +34,8 @@ class Tuner(nn.Module):
 
     key_prefix: ClassVar[str] = "base_model.model."
     uses_shared_state: ClassVar[bool] = False
+
+    _detached: list[tuple[Site, TunerLayer]] | None = None  # what is where when it is attached
 
     def __init__(
         self, model: nn.Module, config: PeftConfig, name: str, low_cpu_mem_usage: bool = False, autocast: bool = True
@@ -54,15 +56,13 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's output; its loss, if it has one, with what the active adapters' methods add to it."""
+        """The base model's output; its loss, if it has one, with `penalty`."""
+        self.check_attached()
         outputs = self.model(*args, **kwargs)
         loss = getattr(outputs, "loss", None)
-        if isinstance(loss, torch.Tensor) and self.state.enabled:
-            for name in self.state.active:
-                penalty = self.method(name).penalty
-                extra = penalty(self, name) if penalty else None
-                if extra is not None:
-                    outputs.loss = outputs.loss + extra.to(loss)
+        penalty = self.penalty() if isinstance(loss, torch.Tensor) else 0.0
+        if isinstance(penalty, torch.Tensor):
+            outputs.loss = outputs.loss + penalty.to(loss)
         return outputs
 
     def method(self, adapter_name: str) -> Method:
@@ -82,13 +82,20 @@ class Tuner(nn.Module):
             if after_step:
                 after_step(self, name, step)
 
+    def penalty(self) -> torch.Tensor | float:
+        """What the active adapters' methods add to the model's loss; 0.0 if nothing."""
+        return self._added("penalty", self.state.active if self.state.enabled else [])
+
     def regularisation(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
         """What the methods of the named (default: the active) adapters want added to the loss in training, beyond what
         `forward` adds; 0.0 if nothing."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.state.active
+        return self._added("regularisation", names)
+
+    def _added(self, fact: str, names: list[str]) -> torch.Tensor | float:
         total: torch.Tensor | float = 0.0
         for name in names:
-            extra = self.method(name).regularisation
+            extra = getattr(self.method(name), fact)
             term = extra(self, name) if extra else None
             total = total if term is None else total + term
         return total
@@ -99,12 +106,20 @@ class Tuner(nn.Module):
         """`after_step` under the name that it has in peft, for AdaLoRA."""
         self.after_step(global_step)
 
+    def wrapped_sites(self) -> Iterator[tuple[Site, TunerLayer]]:
+        """Every adapted layer under every path that leads to it, also while the adapters are detached."""
+        if self._detached is not None:
+            yield from self._detached
+            return
+        for site in sites(self.model):
+            if site.wrapper is not None:
+                yield site, site.wrapper
+
     def adapted_layers(self) -> Iterator[tuple[str, TunerLayer]]:
         """Every adapted layer, with its path in the base model."""
         seen: set[int] = set()
-        for site in sites(self.model):
-            wrapper = site.wrapper
-            if wrapper is not None and id(wrapper) not in seen:
+        for site, wrapper in self.wrapped_sites():
+            if id(wrapper) not in seen:
                 seen.add(id(wrapper))
                 yield site.path, wrapper
 
@@ -116,6 +131,20 @@ class Tuner(nn.Module):
         """All that an adapter holds, place by place, each with what its keys in a checkpoint start with."""
         for path, layer in self.layers_of(adapter_name):
             yield f"{self.key_prefix}{path}.", layer.adapter(adapter_name)
+
+    def memory_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What training changes of an adapter beside its parameters, for `remember`."""
+        return {
+            f"{number}.{name}": tensor
+            for number, (_, part) in enumerate(self.parts(adapter_name))
+            for name, tensor in part.memory().items()
+        }
+
+    def remember(self, adapter_name: str, memory: dict[str, torch.Tensor]) -> None:
+        """Go on from where the adapter was when `memory_of` gave this."""
+        for number, (_, part) in enumerate(self.parts(adapter_name)):
+            start = f"{number}."
+            part.remember({name.removeprefix(start): t for name, t in memory.items() if name.startswith(start)})
 
     def targets(self, adapter_name: str) -> list[str]:
         """Paths of the modules that an adapter changes, without those of which it changes parameters."""
@@ -158,6 +187,7 @@ class Tuner(nn.Module):
             ConfigError: only one adapter may train biases.
             AdapterError: as `inject.build`.
         """
+        self.check_attached()
         self.check_new(name, config)
         first = not self.peft_config
         with replicated(self.model, getattr(config, "layer_replication", None) if first else None):
@@ -178,6 +208,7 @@ class Tuner(nn.Module):
             for p in self.model.parameters():
                 if id(p) not in adapted:
                     p.requires_grad_(False)
+        self.state.biases[name] = [Held(b, b.detach().clone(), False) for b in self.trained_biases(name).values()]
         self.set_requires_grad(name, name in self.state.active and not config.inference_mode)
 
     def upcast(self, adapter_name: str) -> None:
@@ -214,7 +245,8 @@ class Tuner(nn.Module):
             )
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
-        """Remove one adapter or several, and the wrappers of layers that no other adapter is on.
+        """Remove one adapter or several, and the wrappers of layers that no other adapter is on. The biases that they
+        trained are the base model's own again.
 
         If none of the active ones is left, the first of the others takes over.
 
@@ -222,6 +254,7 @@ class Tuner(nn.Module):
             AdapterNameError: one of them does not exist; none is removed then.
             MergeError: one of them is merged; none is removed then.
         """
+        self.check_attached()
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             if name not in self.peft_config:
@@ -233,6 +266,7 @@ class Tuner(nn.Module):
             )
         for name in names:
             self.take_off(name)
+            exchange(self.state.biases.pop(name, []))
             del self.peft_config[name]
         self.state.active = [name for name in self.state.active if name not in names]
         if not self.state.active and self.peft_config:
@@ -243,12 +277,54 @@ class Tuner(nn.Module):
     def take_off(self, adapter_name: str, paths: list[str] | None = None) -> None:
         """Remove an adapter from the layers at these paths (default: all), and wrappers that hold no other adapter."""
         chosen = [layer for path, layer in self.adapted_layers() if paths is None or path in paths]
-        for site in list(sites(self.model)):
-            wrapper = site.wrapper
-            if wrapper is not None and any(wrapper is layer for layer in chosen):
+        for site, wrapper in list(self.wrapped_sites()):
+            if any(wrapper is layer for layer in chosen):
                 wrapper.remove(adapter_name)
                 if not wrapper.adapters:
                     setattr(site.parent, site.name, wrapper.base_layer)
+
+    @property
+    def detached(self) -> bool:
+        """Whether the adapters are off the base model; see `detach`."""
+        return self._detached is not None
+
+    def check_attached(self) -> None:
+        if self.detached:
+            raise AdapterError("The adapters are detached from the base model; call `attach()` first.")
+
+    def detach(self) -> None:
+        """Take all adapters off the base model, which is then as it was before them, to the bit, until `attach` puts
+        the same ones back. So several models with adapters can be made on one base model, and each be used in turn.
+
+        Raises:
+            AdapterError: they are detached already.
+            MergeError: some are merged.
+            ConfigError: the base model's layers are replicated.
+        """
+        self.check_attached()
+        if any(layer.merged for _, layer in self.adapted_layers()):
+            raise MergeError("Cannot detach adapters that are merged. Please unmerge them first.")
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise ConfigError(
+                "Cannot detach adapters from replicated layers: the base model was rebuilt for them.",
+                "layer_replication",
+            )
+        self._detached = list(self.wrapped_sites())
+        for _, layer in reversed(list(self.adapted_layers())):  # of tied layers the first one holds the oldest weights
+            layer.exchange()
+        for site, layer in self._detached:
+            setattr(site.parent, site.name, layer.base_layer)
+        self.state.exchange_biases()
+
+    def attach(self) -> None:
+        """Put detached adapters back on the base model, as they were; on one that they are on do nothing."""
+        for site, layer in self._detached or ():
+            setattr(site.parent, site.name, layer)
+        if self._detached is not None:
+            for _, layer in self.adapted_layers():
+                layer.exchange()
+            self.state.exchange_biases()
+        self._detached = None
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
         """Add an adapter that combines others; see `combine.add_weighted_adapter`."""
@@ -365,6 +441,7 @@ class Tuner(nn.Module):
             raise
 
     def check_mergeable(self, adapter_names: list[str] | None) -> None:
+        self.check_attached()
         self.check_known(adapter_names or [])
         if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
             raise MergeError("Cannot merge LORA layers when base model layers are replicated: they share weights.")
@@ -395,17 +472,17 @@ class Tuner(nn.Module):
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the plain base model with its own weights."""
+        self.check_attached()
         self.unmerge_adapter()
         for _, layer in self.adapted_layers():
             layer.restore()
+        self.state.exchange_biases()
         return self._unwrap([])
 
     def _unwrap(self, merged: list[str]) -> nn.Module:
-        for site in list(sites(self.model)):
-            wrapper = site.wrapper
-            if wrapper is not None:
-                copies: list[Any] = [a for n, a in wrapper.adapters.items() if n in merged and a.replaces]
-                setattr(site.parent, site.name, copies[-1].modules_to_save if copies else wrapper.base_layer)
+        for site, wrapper in list(self.wrapped_sites()):
+            copies: list[Any] = [a for n, a in wrapper.adapters.items() if n in merged and a.replaces]
+            setattr(site.parent, site.name, copies[-1].modules_to_save if copies else wrapper.base_layer)
         return self.model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,24 @@ from .buffer_dict import BufferDict
 BASE = "__base__"  # in `adapter_names`: this row goes through the base model alone
 
 
+class Held(NamedTuple):
+    """A parameter, and another value and `requires_grad` for it."""
+
+    parameter: nn.Parameter
+    value: Tensor
+    requires_grad: bool
+
+
+@torch.no_grad()
+def exchange(held: list[Held]) -> list[Held]:
+    """Give parameters their other values, and return those that they had."""
+    before = [Held(p, p.detach().clone(), p.requires_grad) for p, _, _ in held]
+    for parameter, value, requires_grad in held:
+        parameter.copy_(value)
+        parameter.requires_grad_(requires_grad)
+    return before
+
+
 @dataclass
 class AdapterState:
     """Which adapters act. One object a model, shared by its layers, so that they cannot disagree.
@@ -28,12 +46,18 @@ class AdapterState:
         enabled: false inside `disable_adapter`.
         rows: an adapter name for each row of the batch (or `BASE`), in place of `active`.
         task_ids: the task of each row, (rows,), for methods that know tasks.
+        biases: by adapter, the base model's own of the biases that it trains.
     """
 
     active: list[str] = field(default_factory=list)
     enabled: bool = True
     rows: list[str] | None = None
     task_ids: Tensor | None = None
+    biases: dict[str, list[Held]] = field(default_factory=dict)
+
+    def exchange_biases(self) -> None:
+        """Give the base model its own biases, or back those that adapters trained."""
+        self.biases = {name: exchange(held) for name, held in self.biases.items()}
 
 
 class AdapterView(MutableMapping[str, Any], nn.Module):
@@ -224,6 +248,14 @@ class TunerLayer(nn.Module):
             base_ops.put(self.base_layer, "weight", self._original)
             self._original = None
             self.merge(adapter_names=merged) if merged else None
+
+    def exchange(self) -> None:
+        """Give the base layer the weight that it had before an adapter took a part of it, or back the one that it has
+        with such an adapter."""
+        if self._original is not None:
+            held = base_ops.keep(self.base_layer, "weight")
+            base_ops.put(self.base_layer, "weight", self._original)
+            self._original = held
 
     @property
     def kind(self) -> str:

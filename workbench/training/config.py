@@ -81,7 +81,26 @@ class TrainingSection(Section):
         "shared",
         description="shared: every trial sees the same batches; own: each trial draws its order from its number.",
     )
-    base_dropout: bool = Field(False, description="Leave the frozen base's own dropout on while training.")
+    base_dropout: bool = Field(
+        False,
+        description="Leave the frozen base's own dropout on while training. Activations can then not be reused.",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="bf16: frozen weights in half precision; adapters, task head and, on a CPU, attention in single.",
+    )
+    micro_batch_size: Positive | None = Field(
+        None, description="Rows of a batch at once; fewer take less memory and give the same result. Default: all."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute each layer's activations again in the backward pass: less memory, more time."
+    )
+    compile: bool = Field(False, description="Compile the layers with torch.compile (not with --solo).")
+    cache_gib: float = Field(
+        4.0,
+        ge=0,
+        description="Limit on disk for activations of the frozen layers below all that trains, which trials share.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Literal, ParamSpec, overload
@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import GenerationConfig, get_scheduler
 
 from workbench.adapters import PeftModel
-from workbench.errors import Diverged, OutOfMemory
+from workbench.errors import Diverged
 
 from .base import Base
-from .config import TrainingSection
+from .config import Task, TrainingSection
 from .data import IGNORED, Split, TaskData, batches, collate, pad
-from .memory import Meter, release
+from .memory import Meter, out_of_memory, release, says_no_memory
 from .metrics import METRICS, score_classes, score_tags, score_texts
+from .recompute import recomputed
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # names in transformers
 
@@ -59,16 +60,13 @@ def releasing_memory(
     def run(model: PeftModel, base: Base, *args: P.args, **kwargs: P.kwargs) -> Result:
         try:
             return function(model, base, *args, **kwargs)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            # the CPU allocator says so in a plain RuntimeError
-            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+        except Exception as error:
+            if not says_no_memory(error):
                 raise
-            reason = next(iter(str(error).strip().splitlines()), "no memory left")
+            failure = out_of_memory(error)
         # out of the except block the error is gone, and with it the frames that hold activations and optimiser state
         release(base.device)
-        raise OutOfMemory(
-            f"The trial does not fit into memory; try a smaller batch_size or eval_batch_size ({reason})."
-        )
+        raise failure
 
     return run
 
@@ -115,17 +113,18 @@ def train(
                 training_mode(model, settings.base_dropout)
                 while step < stop:
                     step += 1
-                    batch = to_device(collate(data.train, next(order)), base.device)
-                    loss = model(**batch).loss + model.base_model.regularisation()
-                    loss.backward()
+                    indices = next(order)
+                    at_once = settings.micro_batch_size or len(indices)
+                    parts = [indices[i : i + at_once] for i in range(0, len(indices), at_once)]
+                    loss, tokens = backward(model, base, data.train, parts, settings.gradient_checkpointing)
                     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-                    check_finite(step, settings, {"loss": loss.item(), "gradient": norm.item()})
+                    check_finite(step, settings, {"loss": loss, "gradient": norm.item()})
                     optimizer.step()
                     model.base_model.after_step(step)
                     schedule.step()
                     optimizer.zero_grad()
-                    result.losses.append(loss.item())
-                    result.tokens += int(batch["attention_mask"].sum())
+                    result.losses.append(loss)
+                    result.tokens += tokens
                     if on_step:
                         on_step(step, result.losses[-1])
             with result.meter.phase("eval"):
@@ -134,6 +133,41 @@ def train(
             result.best = better(base, result.best, result.metrics)
             on_eval(step, result.metrics)
     return result
+
+
+def backward(
+    model: PeftModel, base: Base, split: Split, parts: Sequence[Sequence[int]], checkpointing: bool
+) -> tuple[float, int]:
+    """Gradients of a batch's mean loss, whose rows go through the model part by part.
+
+    Returns:
+        the loss, and the number of tokens without padding.
+    """
+    batches = [collate(split, part) for part in parts]
+    counts = [scored(model, batch["labels"], base.task) for batch in batches]
+    total, tokens = 0.0, 0
+    for batch, count in zip(batches, counts, strict=True):
+        with recomputed(base.model, checkpointing):
+            loss = model(**to_device(batch, base.device)).loss * (count / sum(counts))
+            if not tokens:
+                loss = loss + model.base_model.regularisation()
+            loss.backward()
+        total += float(loss.detach())
+        tokens += int(batch["attention_mask"].sum())
+    return total, tokens
+
+
+def scored(model: PeftModel, labels: Tensor, task: Task) -> int:
+    """How many of a batch's labels its mean loss is over."""
+    if task == "CAUSAL_LM" and not stands_before(model):
+        labels = labels[:, 1:]  # nothing comes before the first token that could predict it
+    return int((labels != IGNORED).sum())
+
+
+def stands_before(model: PeftModel) -> bool:
+    """Whether virtual tokens stand before the first token."""
+    encoders = getattr(model.base_model, "prompt_encoder", {})
+    return any(not encoder.in_cache for encoder in encoders.values())
 
 
 def training_mode(model: PeftModel, base_dropout: bool) -> None:
@@ -217,6 +251,14 @@ def evaluate(
     model.eval()
     order = by_length(split, settings.eval_batch_size)
     rows = in_order(order, [row for indices in order for row in score_rows(model, base, split, indices)])
+    metrics, predicted = measure(model, base, split, rows, settings.eval_batch_size)
+    return (metrics, predicted) if predictions else metrics
+
+
+def measure(
+    model: PeftModel, base: Base, split: Split, rows: list[Row], batch_size: int
+) -> tuple[dict[str, float], list[Any]]:
+    """The metrics of a split whose rows were scored, and what was predicted; texts are produced here."""
     losses = [loss for row in rows for loss in row.losses]
     metrics = {"loss": math.fsum(losses) / len(losses)}
     predicted: list[Any]
@@ -233,11 +275,12 @@ def evaluate(
         metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
         metrics["accuracy"] = sum(right) / len(right)
     if "target" in split.features.column_names:
+        order = by_length(split, batch_size)
         longest = max(len(row.labels) for row in rows)
         texts = [text for indices in order for text in produce(model, base, split, indices, longest)]
         predicted = in_order(order, texts)
         metrics |= score_texts(predicted, split.features["target"][:])
-    return (metrics, predicted) if predictions else metrics
+    return metrics, predicted
 
 
 def by_length(split: Split, batch_size: int) -> list[list[int]]:
@@ -264,10 +307,22 @@ def score_rows(model: PeftModel, base: Base, split: Split, indices: list[int]) -
     if base.task == "CAUSAL_LM":
         logits, labels = logits[:, :-1], labels[:, 1:]  # each position predicts the next token
     scored = labels != IGNORED
-    logits, labels = logits[scored].float(), labels[scored]
-    columns = (F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1), labels)
-    parts = zip(*(column.cpu().split(scored.sum(1).tolist()) for column in columns), strict=True)
-    return [Row(*(part.tolist() for part in row)) for row in parts]
+    return taken_apart([scores(logits[scored], labels[scored])], scored.sum(1).tolist())
+
+
+Scores = tuple[Tensor, Tensor, Tensor]  # of scored positions: loss in nats, likeliest id, right id, each `(n,)`
+
+
+def scores(logits: Tensor, labels: Tensor) -> Scores:
+    """What is kept of the logits `(n, classes)` of scored positions."""
+    logits = logits.float()
+    return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1), labels
+
+
+def taken_apart(found: list[Scores], counts: list[int]) -> list[Row]:
+    """Scored positions row by row, `counts[i]` of them in row `i`."""
+    columns = (torch.cat(column).cpu().split(counts) for column in zip(*found, strict=True))
+    return [Row(*(part.tolist() for part in row)) for row in zip(*columns, strict=True)]
 
 
 def produce(model: PeftModel, base: Base, split: Split, indices: list[int], longest: int) -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from workbench.errors import OutOfMemory
+
 MIB = 2**20
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SAMPLE_SECONDS = 0.01
@@ -109,6 +111,20 @@ def sampled(peaks: dict[str, float]) -> Iterator[None]:
         done.set()
         thread.join()
         peaks["process_peak_growth_mib"] = max(0, highest - start, process.memory_info().rss - start) / MIB
+
+
+def says_no_memory(error: BaseException) -> bool:
+    """Whether memory ran out; the CPU's allocator says so in a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory(error: BaseException) -> OutOfMemory:
+    """What to tell the user of it."""
+    reason = next(iter(str(error).strip().splitlines()), "no memory left")
+    return OutOfMemory(
+        "The trial does not fit into memory; try micro_batch_size, gradient_checkpointing or a smaller eval_batch_size "
+        f"({reason})."
+    )
 
 
 def release(device: torch.device) -> None:

@@ -143,6 +143,7 @@ class AdaLora(DeltaAdapter):
             )
         self.register_buffer("kept", torch.tensor(kept, device=layer.weight.device), persistent=False)
         self._layer = [layer]  # in a list, so that it is not a part of the adapter
+        self._config, self._key = config, pattern_key(path)
         self.importance: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
         if config.init_lora_weights:
@@ -225,6 +226,18 @@ class AdaLora(DeltaAdapter):
         """Keep these triplets, (init_r,); the values of the others become zero."""
         self.kept.copy_(kept)
         self.lora_E.masked_fill_(~self.kept[:, None], 0)
+
+    def memory(self) -> dict[str, Tensor]:
+        means = {f"importance.{name}": mean for name, mean in self.importance.items()}
+        return super().memory() | means | {f"uncertainty.{name}": mean for name, mean in self.uncertainty.items()}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        super().remember(memory)
+        for means, start in ((self.importance, "importance."), (self.uncertainty, "uncertainty.")):
+            for name in RANK_DIM:
+                if start + name in memory:
+                    means[name] = memory[start + name].to(self.lora_E.device, copy=True)
+        self._config.rank_pattern = (self._config.rank_pattern or {}) | {self._key: self.kept.tolist()}
 
 
 def pattern_key(path: str) -> str:

@@ -32,6 +32,8 @@ class ALora(Lora):
             checkpointed.
     """
 
+    by_token = False
+
     offsets: Offsets | None = None
     runs_due: int = 0
 

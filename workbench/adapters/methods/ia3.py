@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from workbench.errors import ConfigError
 from .. import base_ops, defaults
 from ..adapter import Adapter
 from ..config import PeftConfig, name_set
+from ..groups import Groups
 
 KINDS = frozenset({base_ops.LINEAR, base_ops.CONV1D, base_ops.CONV2D, base_ops.CONV3D})
 
@@ -88,6 +91,29 @@ class IA3(Adapter):
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         return y if self.is_feedforward else y * self.ia3_l.view(self.factor_shape)
+
+    @classmethod
+    def pre_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor) -> Tensor:
+        if not all(adapter.is_feedforward for adapter in adapters) or not cls.stackable(adapters, groups, x):
+            return super().pre_each(adapters, groups, x)
+        return cls.scaled_each(adapters, groups, x).to(x.dtype)
+
+    @classmethod
+    def post_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor, y: Tensor) -> Tensor:
+        if any(adapter.is_feedforward for adapter in adapters) or not cls.stackable(adapters, groups, y):
+            return super().post_each(adapters, groups, x, y)
+        return cls.scaled_each(adapters, groups, y).to(y.dtype)
+
+    @staticmethod
+    def stackable(adapters: Sequence[IA3], groups: Groups, tensor: Tensor) -> bool:
+        features_last = all(len(adapter.factor_shape) == 1 for adapter in adapters)
+        return features_last and len(adapters) > 1 and groups.worth_stacking(tensor)
+
+    @staticmethod
+    def scaled_each(adapters: Sequence[IA3], groups: Groups, tensor: Tensor) -> Tensor:
+        """(..., features), of each group times its adapter's factors."""
+        factors = torch.stack([adapter.ia3_l.flatten() for adapter in adapters])
+        return groups.unstack(groups.stack(tensor) * factors[:, None], tensor)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = self.ia3_l.flatten().to(weight.dtype)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from workbench.errors import ConfigError, ConfigTypeError, MergeError, PeftWarni
 from .. import base_ops
 from ..adapter import Adapter, DeltaAdapter
 from ..config import PeftConfig, TargetConfig, TaskType, check_ranks, pattern_value
+from ..groups import Groups, numbers, padded
 from . import lora_init
 from .lora_init import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .lora_options import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
@@ -358,14 +360,32 @@ class Lora(DeltaAdapter):
 
     def drop(self, x: Tensor) -> Tensor:
         """The input as the update sees it: in the adapter's dtype, some of it dropped in training."""
-        return self.lora_dropout(x.to(self.lora_A.weight.dtype))
+        return self.lora_dropout(x.to(self.compute_dtype or self.lora_A.weight.dtype))
 
     def update(self, x: Tensor) -> Tensor:
         """What the update adds to the output for an input that went through `drop`."""
-        return self.lora_B(self.lora_A(x)) * self.scaling
+        if self.lora_bias:
+            return self.lora_B(self.lora_A(x)) * self.scaling
+        if self.compute_dtype is not None and isinstance(self.lora_A, nn.Linear):
+            a = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling
+            return F.linear(a, self.lora_B.weight.to(x.dtype))
+        return self.lora_B(self.lora_A(x) * self.scaling)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.update(self.drop(x))
+
+    @classmethod
+    def post_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor, y: Tensor) -> Tensor:
+        """Of plain adapters on a linear layer at once: s B A x with a batch dimension."""
+        plain = cls is Lora and all(isinstance(a.lora_A, nn.Linear) and not a.lora_bias for a in adapters)
+        if not plain or len(adapters) == 1 or not groups.worth_stacking(x):
+            return super().post_each(adapters, groups, x, y)
+        dropped = groups.mapped([adapter.drop for adapter in adapters], x)
+        A = padded([adapter.lora_A.weight for adapter in adapters]).to(dropped.dtype)
+        B = padded([adapter.lora_B.weight.T for adapter in adapters]).to(dropped.dtype)
+        scaling = numbers(tuple(adapter.scaling for adapter in adapters), A.dtype, A.device)
+        update = groups.stack(dropped) @ A.mT * scaling @ B
+        return y + groups.unstack(update, y).to(y.dtype)
 
     def delta(self) -> Tensor:
         return base_ops.compose(*self.factors()) * self.scaling

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from workbench.errors import LayerKindError
 
 from ..adapter import Adapter, Slot
+from ..groups import Groups
 
 
 class ModulesToSave(Adapter):
@@ -44,6 +46,16 @@ class ModulesToSave(Adapter):
 
     def replace(self, *args: Any, **kwargs: Any) -> Any:
         return self.modules_to_save(*args, **kwargs)
+
+    @classmethod
+    def replace_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        """Of linear layers at once, such as heads."""
+        copies = [adapter.modules_to_save for adapter in adapters]
+        plain = all(type(copy) is nn.Linear and copy.bias is not None for copy in copies)
+        if not plain or len(copies) == 1 or not groups.worth_stacking(x):
+            return super().replace_each(adapters, groups, x, *rest, **kwargs)
+        weight, bias = (torch.stack([getattr(copy, name) for copy in copies]) for name in ("weight", "bias"))
+        return groups.unstack(torch.baddbmm(bias[:, None], groups.stack(x), weight.mT), x)
 
     def slots(self) -> dict[str, Slot]:
         return {name.removeprefix("modules_to_save."): slot for name, slot in super().slots().items()}

@@ -82,6 +82,7 @@ class Velora(Lora):
         self.options = options
         size = group_size(base_ops.features(layer)[0], options.num_groups)
         drawn = options.init_type == "random"
+        self.by_token = drawn  # otherwise the direction is the mean of a batch, padding and all
         self.register_buffer("lora_velora_embed", normalised(torch.randn(size)) if drawn else torch.zeros(size))
 
     def update(self, x: Tensor) -> Tensor:

@@ -1,0 +1,352 @@
+"""The bench: one frozen base on which trials train by stints, several of them in one pass.
+
+A trial keeps nothing here between its stints. Its checkpoint holds what it trains, its optimiser's moments and how far
+it came, so it can be paused, moved to another process, or taken up again after a crash.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from workbench.adapters.bank import Bank, obstacle
+from workbench.errors import Diverged, WorkbenchError
+
+from .adapted import save_adapter
+from .base import Base
+from .data import IGNORED, TaskData
+from .frozen import Activations
+from .layout import Group
+from .loop import Row, backward, check_finite, evaluate, in_order, measure, scores, taken_apart
+from .memory import Meter, out_of_memory, release, says_no_memory
+from .optimizer import step as optimizer_step
+from .packed import Known, Packed
+from .packing import Packing
+from .parts import by_length
+from .rows import Rows
+from .stint import OnStep, Report, Stint
+from .trainee import Trainee
+
+__all__ = ["Bench", "OnStep", "Report", "Stint"]
+
+LOGITS = 2**24  # numbers that the logits of a language model may take at once
+
+
+class Bench:
+    """One frozen base and its data, on which stints are trained.
+
+    Passes are packed where the model can (`Packed`); else they are padded, in parts of about one length.
+
+    Args:
+        cache: a folder for activations that all trials share.
+        cache_gib: the limit of its size; 0: no activations are kept.
+
+    Attributes:
+        fault: why the model's passes are padded; "" if they are packed.
+        shared_costs: seconds of work that was done for all trials, by name.
+        packing: how many trials a pass has; it learns from reports that it is shown.
+    """
+
+    def __init__(self, base: Base, data: TaskData, cache: Path | None = None, cache_gib: float = 0.0):
+        self.base, self.data = base, data
+        self.shared_costs: dict[str, float] = {}
+        self.packing = Packing(base.device)
+        self.packed: Packed | None = None
+        self.store: Activations | None = None
+        self.rows: dict[str, Rows] = {}
+        self.fault = "it has an encoder and a decoder"
+        if base.task == "SEQ_2_SEQ_LM":
+            return
+        self.rows = {name: Rows.of(name, getattr(data, name)) for name in ("train", "validation")}
+        if base.task == "CAUSAL_LM":  # virtual tokens could predict a row's first; metrics are over the others
+            self.rows["validation"].labels[self.rows["validation"].starts[:-1]] = IGNORED
+        packed, few = Packed(base), torch.arange(min(8, len(self.rows["train"])))
+        self.fault = packed.fault(Group(self.rows["train"], few, torch.zeros_like(few)))
+        if not self.fault:
+            self.packed = packed
+            if cache and cache_gib:
+                folder = cache / "activations" / f"{base.fingerprint}-{data.fingerprint}"
+                self.store = Activations(packed, folder, int(cache_gib * 2**30))
+
+    # ---------------------------------------------------------------- stints
+
+    def suggest(self, stints: Sequence[Stint]) -> list[list[Stint]]:
+        """Stints in passes of as many as pays."""
+        return self.packing.passes(stints)
+
+    def train(self, stints: Sequence[Stint], on_step: OnStep) -> list[Report]:
+        """Train the stints in one pass and measure each on the validation split.
+
+        A trial that cannot share a pass (`obstacle`) has one for itself. One that fails (it diverges, does not fit the
+        model or into memory) leaves; the others go on. What `on_step` raises passes through and leaves every checkpoint
+        as it was.
+        """
+        reports: dict[int, Report] = {stint.trial: Report(stint.trial) for stint in stints}
+        trainees: list[Trainee] = []
+        device = self.base.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                for stint in stints:
+                    with self._blamed(reports[stint.trial]):
+                        trainee = Trainee(self.base, self.data, stint, self.packed, self.rows)
+                        reports[stint.trial] = trainee.report
+                        trainees.append(trainee)
+                self._prepare(trainees)
+                for together in sharing(trainees):
+                    meter = Meter(device)
+                    with meter.phase("train"):
+                        self._advance(together, on_step)
+                    share(meter, together)
+                for trainee in trainees:
+                    self._finish(trainee)
+            finally:
+                for trainee in trainees:
+                    trainee.remove()
+        release(device)
+        return [reports[stint.trial] for stint in stints]
+
+    @contextmanager
+    def _blamed(self, report: Report) -> Iterator[None]:
+        """Note why a trial cannot go on."""
+        try:
+            yield
+        except WorkbenchError as error:
+            report.error = error
+        except Exception as error:  # a bug in a method or in this program ends one trial, not a night's sweep
+            if says_no_memory(error):
+                report.error = out_of_memory(error)
+            else:
+                report.error, report.trace = error, traceback.format_exc()
+
+    def _finish(self, trainee: Trainee) -> None:
+        """Measure a trial after its last step, and write its files."""
+        report, stint = trainee.report, trainee.stint
+        if report.error is not None:
+            return
+        meter = Meter(self.base.device)
+        with self._blamed(report):
+            with meter.phase("eval"):
+                report.metrics = self._measure(trainee)
+            check_finite(trainee.step, stint.settings, {"validation loss": report.metrics["loss"]})
+            trainee.save()
+            if stint.adapter is not None:
+                with trainee.attached():
+                    report.adapter_bytes = save_adapter(trainee.model, self.base, stint.adapter)
+        report.costs |= meter.metrics
+
+    def _prepare(self, trainees: Sequence[Trainee]) -> None:
+        """Have the activations at hand with which rows enter late; without room for them they enter at the bottom."""
+        started = time.perf_counter()
+        for trainee in (t for t in trainees if t.packed):
+            for name, entry in trainee.entry.items():
+                rows = trainee.rows_to_come() if name == "train" else torch.arange(len(entry))
+                for layer in set(entry[rows].tolist()) - {0}:
+                    own = rows[entry[rows] == layer]
+                    if self.store is None or not self.store.prepare(self.rows[name], layer, own):
+                        entry[entry == layer] = 0
+        if self.store is not None:
+            key = "seconds/activations"
+            self.shared_costs[key] = self.shared_costs.get(key, 0.0) + time.perf_counter() - started
+
+    # ---------------------------------------------------------------- steps
+
+    def _advance(self, trainees: Sequence[Trainee], on_step: OnStep) -> None:
+        """Train until all are done; where memory runs out, one half after the other, each from its last step."""
+        try:
+            while live := [trainee for trainee in trainees if not trainee.done]:
+                with self._on_base(live):
+                    while not any(trainee.done for trainee in live):
+                        self._step(live, on_step)
+            return
+        except Exception as error:
+            if len(trainees) == 1:
+                with self._blamed(trainees[0].report):
+                    raise
+                return
+            if not says_no_memory(error):
+                raise
+        release(self.base.device)
+        half = len(trainees) // 2
+        self._advance(trainees[:half], on_step)
+        self._advance(trainees[half:], on_step)
+
+    @contextmanager
+    def _on_base(self, trainees: Sequence[Trainee], training: bool = True) -> Iterator[None]:
+        """Put the trials' adapters on the base, with what their passes need."""
+        with ExitStack() as after:
+            packed = self.packed if all(trainee.packed for trainee in trainees) else None
+            banked = len(trainees) > 1 or (packed is not None and trainees[0].encoder is not None)
+            if banked:
+                bank = after.enter_context(Bank({str(i): t.model for i, t in enumerate(trainees)}))
+                if packed is not None:
+                    packed.bank = bank
+                    after.callback(setattr, packed, "bank", None)
+            else:
+                after.enter_context(trainees[0].attached())
+            for place, trainee in enumerate(trainees):
+                trainee.place = place
+                trainee.mode(training)
+                after.callback(trainee.mode, False)
+            if packed is not None:
+                settings = trainees[0].stint.settings
+                packed.checkpointing, packed.compiled = settings.gradient_checkpointing, settings.compile
+                after.enter_context(packed.ready())
+            yield
+
+    def _step(self, live: Sequence[Trainee], on_step: OnStep) -> None:
+        """One optimiser step of each trial."""
+        batches = [trainee.batch() for trainee in live]
+        for trainee in live:
+            trainee.zero_grad()
+        torch.manual_seed(hash((live[0].stint.seed, live[0].step)) & (2**63 - 1))  # of what has no seed of its own
+        losses = self._packed_losses(live, batches) if live[0].packed else [self._padded_loss(live[0], batches[0])]
+        norms = optimizer_step([trainee.optimizer for trainee in live])
+        for trainee, loss, norm in zip(live, losses, norms, strict=True):
+            try:
+                check_finite(trainee.step + 1, trainee.stint.settings, {"loss": loss, "gradient": norm})
+            except Diverged as error:
+                trainee.report.error = error
+                continue
+            trainee.stepped()
+            trainee.model.base_model.after_step(trainee.step)
+            on_step(trainee.stint.trial, trainee.step, loss)
+
+    def _packed_losses(self, live: Sequence[Trainee], batches: Sequence[Tensor]) -> list[float]:
+        """Forward and backward of one batch of each trial; its mean losses."""
+        assert self.packed is not None
+        rows, totals = self.rows["train"], [0.0] * len(live)
+        parts = [
+            batch.split(t.stint.settings.micro_batch_size or len(batch)) for t, batch in zip(live, batches, strict=True)
+        ]
+        counts = [self._scored(trainee, batch) for trainee, batch in zip(live, batches, strict=True)]
+        starts = [
+            trainee.count(rows, batch, self.packed.depth).split(len(own[0]))
+            for trainee, batch, own in zip(live, batches, parts, strict=True)
+        ]
+        for number in range(max(map(len, parts))):
+            there = [k for k in range(len(live)) if number < len(parts[k])]
+            groups = [live[k].group(rows, parts[k][number], starts[k][number]) for k in there]
+            loss: Any = 0.0
+            for k, own in zip(there, self._losses(groups), strict=True):
+                totals[k] += float(own.detach()) / counts[k]
+                loss = loss + own / counts[k]
+            if number == 0:
+                for k, trainee in enumerate(live):
+                    extra = trainee.model.base_model.penalty() + trainee.model.base_model.regularisation()
+                    totals[k] += float(torch.as_tensor(extra).detach())
+                    loss = loss + extra
+            if loss.requires_grad:  # of rows without a token that trains nothing may
+                loss.backward()
+        return totals
+
+    def _scored(self, trainee: Trainee, batch: Tensor) -> int:
+        """How many positions of these rows are scored."""
+        rows = self.rows["train"]
+        if self.base.task == "SEQ_CLS":
+            return len(batch)
+        labels = rows.labels[rows.tokens(batch)]
+        if self.base.task == "CAUSAL_LM" and trainee.encoder is None:  # nothing before the first token predicts it
+            labels = labels.index_fill(0, rows.lengths[batch].cumsum(0) - rows.lengths[batch], IGNORED)
+        return int((labels != IGNORED).sum())
+
+    @property
+    def _known(self) -> Known | None:
+        return self.store.known if self.store else None
+
+    def _losses(self, groups: Sequence[Group]) -> list[Tensor]:
+        """The summed loss of each group, in nats."""
+        assert self.packed is not None
+        hidden = self.packed.hidden(groups, self._known)
+        if self.packed.pooled:
+            return [
+                F.cross_entropy(logits.float(), group.rows.labels[group.indices].to(logits.device), reduction="sum")
+                for logits, group in zip(hidden.split(self.packed.layout.rows), groups, strict=True)
+            ]
+        losses = []
+        for k, (positions, labels) in enumerate(self.packed.scored(hidden)):
+            pieces = self._pieces(positions, labels)
+            if self.packed.by_head and len(pieces) > 1:  # one piece's logits at a time, in the backward pass again
+                summed = [checkpoint(self._loss_at, own, k, right, use_reentrant=False) for own, right in pieces]
+            else:
+                summed = [self._loss_at(own, k, right) for own, right in pieces]
+            losses.append(torch.stack(summed).sum())
+        return losses
+
+    def _pieces(self, positions: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Scored positions in pieces whose logits do not take much memory."""
+        size = max(1, LOGITS // self.base.model.config.get_text_config().vocab_size)
+        return list(zip(positions.split(size), labels.split(size), strict=True))
+
+    def _loss_at(self, positions: Tensor, group: int, labels: Tensor) -> Tensor:
+        assert self.packed is not None
+        return F.cross_entropy(self.packed.head(positions, group).float(), labels, reduction="sum")
+
+    def _padded_loss(self, trainee: Trainee, batch: Tensor) -> float:
+        """Forward and backward of one batch through the model as it is, in parts of about one length."""
+        settings, split = trainee.stint.settings, self.data.train
+        lengths = [len(row) for row in split.features[batch.tolist()]["input_ids"]]
+        parts = [batch[part].tolist() for part in by_length(lengths, settings.micro_batch_size, self.base.device)]
+        loss, tokens = backward(trainee.model, self.base, split, parts, settings.gradient_checkpointing)
+        trainee.work += tokens
+        trainee.report.tokens += tokens
+        return loss
+
+    # ---------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def _measure(self, trainee: Trainee) -> dict[str, float]:
+        """The metrics of the validation split."""
+        split, settings = self.data.validation, trainee.stint.settings
+        if not trainee.packed:
+            with self._on_base([trainee], training=False):
+                return evaluate(trainee.model, self.base, split, settings)
+        with self._on_base([trainee], training=False):
+            rows = self._score(trainee, self.rows["validation"], settings.eval_batch_size)
+        if "target" not in split.features.column_names:
+            return measure(trainee.model, self.base, split, rows, settings.eval_batch_size)[0]
+        with trainee.attached():
+            return measure(trainee.model, self.base, split, rows, settings.eval_batch_size)[0]
+
+    def _score(self, trainee: Trainee, rows: Rows, batch_size: int) -> list[Row]:
+        """The scored positions of all rows, in the order of the split."""
+        assert self.packed is not None
+        order = list(rows.lengths.argsort(stable=True).split(batch_size))
+        found: list[Row] = []
+        for indices in order:
+            group = trainee.group(rows, indices)
+            hidden = self.packed.hidden([group], self._known)
+            if self.packed.pooled:
+                labels = rows.labels[indices].to(hidden.device)
+                found += taken_apart([scores(hidden, labels)], [1] * len(indices))
+                continue
+            targets = group.targets(self.base.task == "CAUSAL_LM") != IGNORED
+            ((positions, labels),) = self.packed.scored(hidden)
+            parts = [scores(self.packed.head(own, 0), labels) for own, labels in self._pieces(positions, labels)]
+            found += taken_apart(parts, [int(own.sum()) for own in targets.split(group.lengths.tolist())])
+        return in_order([indices.tolist() for indices in order], found)
+
+
+def sharing(trainees: Sequence[Trainee]) -> list[list[Trainee]]:
+    """Trials that can share a pass, and each of the others alone."""
+    able = [trainee for trainee in trainees if trainee.packed and obstacle(trainee.model) is None]
+    return [*([able] if able else []), *([trainee] for trainee in trainees if trainee not in able)]
+
+
+def share(meter: Meter, trainees: Sequence[Trainee]) -> None:
+    """Divide the time of a shared pass by the work of each trial, tokens times layers. Peaks are the pass's."""
+    everything = sum(trainee.work for trainee in trainees) or 1.0
+    for trainee in trainees:
+        trainee.report.shared = len(trainees)
+        trainee.report.costs = {
+            name: value * trainee.work / everything if name.startswith("seconds/") else value
+            for name, value in meter.metrics.items()
+        }

@@ -1,0 +1,239 @@
+"""A trial at work on the bench: its adapter, its optimiser, and how far it came."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workbench.adapters import PeftModel, get_peft_model
+from workbench.adapters.bank import by_token
+from workbench.adapters.dropout import seed_dropout
+from workbench.adapters.methods.trainable_tokens import TrainableTokens
+from workbench.errors import CheckpointError, ConfigError
+
+from .base import Base
+from .data import TaskData, batches
+from .layout import Group
+from .optimizer import TrialOptimizer
+from .packed import Packed
+from .rows import Rows
+from .stint import Report, Stint
+
+NAME = "default"  # of the adapter on its own model
+
+
+class Trainee:
+    """A stint while it runs. Its adapter is off the base when this has been made.
+
+    Attributes:
+        model: the base with the adapter.
+        packed: the trial's passes are packed; else they go through the model as it is, padded.
+        entry: for each split the layer at which each row enters, `(rows,)`: all below gives what it gave before.
+        step: steps made so far.
+        pending: rows of the batch at work, `(rows,)`; the same one again where memory ran out.
+        work: tokens times layers that this stint went through.
+        place: which group of a pass is this trial's.
+        tokens_of_batch: tokens of the batch at work, virtual ones included.
+        rare: parameters that a batch may not meet, since rows enter above them.
+    """
+
+    def __init__(self, base: Base, data: TaskData, stint: Stint, packed: Packed | None, rows: dict[str, Rows]):
+        self.base, self.stint, self.report = base, stint, Report(stint.trial)
+        torch.manual_seed(stint.seed)
+        self.model: PeftModel = get_peft_model(base.model, copy.deepcopy(stint.config))  # training may change it
+        try:
+            self._begin(data, packed, rows)
+        except BaseException:
+            self.remove()
+            raise
+        self.model.base_model.detach()
+
+    def _begin(self, data: TaskData, packed: Packed | None, rows: dict[str, Rows]) -> None:
+        settings = self.stint.settings
+        encoders: Any = getattr(self.model.base_model, "prompt_encoder", None)
+        self.encoder: Any = encoders[NAME] if encoders is not None else None
+        if settings.gradient_checkpointing and getattr(self.encoder, "in_cache", False):
+            raise ConfigError(f"{self.stint.config.peft_type} does not work with gradient_checkpointing.")
+        if settings.precision == "bf16":
+            for _, layer in self.model.base_model.layers_of(NAME):
+                layer.adapter(NAME).compute_dtype = next(layer.base_layer.parameters()).dtype
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.report.trainable, self.report.total = self.model.get_nb_trainable_parameters()
+        self.optimizer = TrialOptimizer(list(self.parameters.values()), settings)
+        self.step = 0
+        if self.stint.checkpoint.exists():
+            self._load(self.stint.checkpoint)
+        self.report.step = self.step
+        order = batches(len(data.train), settings.batch_size, settings.steps, self.stint.order_seed)
+        self.order: Iterator[list[int]] = itertools.islice(order, self.step, None)
+        self.pending: Tensor | None = None
+        self.work = 0.0
+        self.place = self.tokens_of_batch = 0
+        self.packed = packed is not None and not settings.base_dropout and by_token(self.model)
+        self.entry: dict[str, Tensor] = {}
+        self.rare: list[Tensor] = []
+        if packed is not None and self.packed:
+            cut, tokens = self._lowest(packed)
+            self.entry = {name: entries(split, cut, tokens) for name, split in rows.items()}
+            seed_dropout(self.model, lambda number: functools.partial(self._mask, packed, number))
+
+    def remove(self) -> None:
+        """Take the adapter off for good."""
+        self.model.base_model.attach()
+        self.model.delete_adapter(NAME)
+        self.base.model.requires_grad_(False)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The trial alone on the base."""
+        self.model.base_model.attach()
+        try:
+            yield
+        finally:
+            self.model.base_model.detach()
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is to come in this stint."""
+        return self.step >= self.stint.until or self.report.error is not None
+
+    def mode(self, training: bool) -> None:
+        """Let the adapter train, with its own dropout, or not; the frozen base drops nothing out unless asked to."""
+        self.base.model.train(training and self.stint.settings.base_dropout)
+        for _, part in self.model.base_model.parts(NAME):
+            part.train(training)
+
+    # ---------------------------------------------------------------- batches
+
+    def batch(self) -> Tensor:
+        """The rows of the next step, `(rows,)`."""
+        if self.pending is None:
+            self.pending = torch.tensor(next(self.order))
+        return self.pending
+
+    def rows_to_come(self) -> Tensor:
+        """The rows of all batches of this stint, each once."""
+        count = max(0, self.stint.until - self.step)
+        ahead = list(itertools.islice(self.order, count))
+        self.order = itertools.chain(ahead, self.order)
+        return torch.tensor(sorted({row for batch in ahead for row in batch}), dtype=torch.long)
+
+    def zero_grad(self) -> None:
+        """Leave the gradients that a batch gives which changes nothing."""
+        self.optimizer.zero_grad()
+        for parameter in self.rare:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def stepped(self) -> None:
+        """A step was made."""
+        self.step += 1
+        self.report.step = self.step
+        self.pending = None
+
+    def group(self, rows: Rows, indices: Tensor, starts: Tensor | None = None) -> Group:
+        """What the trial brings to a packed pass over these rows."""
+        virtual = None if self.encoder is None else self.encoder.prompt()[0]
+        return Group(rows, indices, self.entry[rows.name][indices], virtual, starts)
+
+    def count(self, rows: Rows, batch: Tensor, depth: int) -> Tensor:
+        """Note what a packed batch costs; where each row's tokens start among all tokens of the batch, `(rows,)`."""
+        real = rows.lengths[batch]
+        lengths = real + (0 if self.encoder is None else self.encoder.embedding.num_embeddings)
+        self.tokens_of_batch = int(lengths.sum())
+        self.report.tokens += int(real.sum())
+        self.work += float((lengths * (depth - self.entry[rows.name][batch])).sum()) + len(batch)
+        return lengths.cumsum(0) - lengths
+
+    def _lowest(self, packed: Packed) -> tuple[int, list[int]]:
+        """The lowest layer that holds something that trains, and the tokens that do so below it."""
+        if self.encoder is not None:
+            return 0, []
+        tokens: list[int] = []
+        words: Any = packed.model.get_input_embeddings()
+        for _, layer in self.model.base_model.layers_of(NAME):
+            adapter = layer.adapter(NAME)
+            if layer is words and isinstance(adapter, TrainableTokens):
+                tokens += adapter.token_indices
+                self.rare.append(adapter.trainable_tokens_delta)
+        start, rare = self.model.base_model.key_prefix, set(map(id, self.rare))
+        others = [name.removeprefix(start) for name, p in self.parameters.items() if id(p) not in rare]
+        return min(map(packed.layer_of, others), default=packed.depth), tokens
+
+    def _mask(self, packed: Packed, number: int, x: Tensor, p: float) -> Tensor:
+        """The mask of a dropout: of seed, step, place and token alone, however the batch is laid out."""
+        seed = hash((self.stint.seed, self.step, number)) & (2**63 - 1)
+        generator = torch.Generator(x.device).manual_seed(seed)
+        everything = self.tokens_of_batch
+        kept = torch.rand(everything, x.shape[-1], generator=generator, device=x.device) >= p
+        here = kept.index_select(0, packed.positions(self.place).to(x.device))
+        return here.view(x.shape).to(x.dtype) / (1 - p)
+
+    # ---------------------------------------------------------------- files
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        tuner = self.model.base_model
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+        tensors |= {f"memory.{name}": t for name, t in tuner.memory_of(NAME).items()}
+        file = self.stint.checkpoint
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        about = {"step": str(self.step), "config": identity(self.stint)}
+        save_file({name: t.contiguous().cpu().clone() for name, t in tensors.items()}, part, about)
+        os.replace(part, file)
+
+    def _load(self, file: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or of another trial.
+        """
+        try:
+            with safe_open(file, "pt") as opened:
+                about = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"The checkpoint {file} cannot be read ({error}); delete it to begin anew."
+            ) from error
+        if about.get("config") != identity(self.stint):
+            raise CheckpointError(f"The checkpoint {file} is of another trial; delete it to begin anew.")
+        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "optimizer": {}, "memory": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(parts["parameter"][name])
+        self.optimizer.load(parts["optimizer"])
+        self.model.base_model.remember(NAME, parts["memory"])
+        self.step = int(about["step"])
+
+
+def identity(stint: Stint) -> str:
+    """What two stints of one trial have in common, whichever processes they are in."""
+    values = {
+        "adapter": stint.config.to_dict(),
+        "settings": stint.settings.model_dump(),
+        "seeds": [stint.seed, stint.order_seed],
+    }
+    return json.dumps(values, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+
+
+def entries(rows: Rows, cut: int, tokens: list[int]) -> Tensor:
+    """The layer at which each row enters: the cut, but for rows that hold one of these tokens."""
+    entry = torch.full((len(rows),), cut)
+    return torch.where(rows.holding(tokens), 0, entry) if tokens else entry
