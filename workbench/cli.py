@@ -50,6 +50,19 @@ def sweep(
     trials: Annotated[
         int | None, typer.Option(min=1, help="Trials in all, in place of the file's budget.trials.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that train. Default: one a core on a CPU, elsewhere one.", show_default=False
+        ),
+    ] = None,
+    resume_trial: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Take this pruned trial up again, to its last step. Repeatable.", show_default=False),
+    ] = None,
+    solo: Annotated[
+        bool, typer.Option("--solo", help="Train one trial after the other, with plain loops: undisturbed timings.")
+    ] = False,
 ) -> None:
     """Run a study: search methods and hyperparameters, train each trial, rank them.
 
@@ -63,6 +76,8 @@ def sweep(
     from workbench.tracking import frames
     from workbench.tracking.leaderboard import leaderboard, outcomes
 
+    if solo and (workers or resume_trial):
+        raise typer.BadParameter("--solo goes with neither --workers nor --resume-trial")
     loaded = load_study(study)
     if trials is not None:
         loaded = loaded.model_copy(update={"budget": loaded.budget.model_copy(update={"trials": trials})})
@@ -70,7 +85,7 @@ def sweep(
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     with Display(loaded, console).open() as display:
         try:
-            run(loaded, where, display)
+            run(loaded, where, display, workers=workers, alone=solo, pruned=resume_trial or ())
         except KeyboardInterrupt:
             display.say("stopped; nothing is lost: the same command goes on from here")
             raise typer.Exit(130) from None

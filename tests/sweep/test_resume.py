@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 from optuna.trial import TrialState
 
 from workbench.sweep import run as sweeping
+from workbench.sweep import scheduler
+from workbench.sweep.checkpoints import Checkpoints
+from workbench.sweep.record import Record
+from workbench.sweep.scheduler import Scheduler
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,14 +63,16 @@ def check_complete(lab: Any, undisturbed: list[tuple]) -> None:
         assert (number, params) == (number_then, params_then)
         assert curves == [pytest.approx(curve, abs=1e-6) for curve in curves_then]  # perhaps in another process
     for run, trial in zip(lab.trials, lab.study.trials, strict=True):
-        assert trial.intermediate_values == lab.curve(run, "validation.accuracy")
+        losses = {step: -loss for step, loss in lab.curve(run, "validation.loss").items()}
+        assert trial.intermediate_values == pytest.approx(losses, abs=1e-6)
         assert lab.adapter(run).joinpath("adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_a_process_that_ends_while_a_trial_trains(lab, undisturbed, how: signal.Signals):
+def test_a_process_that_ends_while_a_trial_trains(lab, undisturbed, how: signal.Signals, workers: int):
     lab.write()
-    command = [sys.executable, "-c", HOLDING, "sweep", lab.file, "--home", lab.home]
+    command = [sys.executable, "-c", HOLDING, "sweep", lab.file, "--home", lab.home, f"--workers={workers}"]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -76,35 +84,37 @@ def test_a_process_that_ends_while_a_trial_trains(lab, undisturbed, how: signal.
     )
     try:
         before = list(iter(process.stdout.readline, "holding\n"))
-        assert before[-1].startswith("trial 1 lora: step 5: "), process.stderr.read()
-
+        helpers = psutil.Process(process.pid).children()
         second = lab.sweep()
-        assert second.code == 2
-        assert "Another `workbench sweep` is running the study 'tiny'" in second.err
-        assert len(second.err.splitlines()) == 1
-
         process.send_signal(how)
         out, err = process.communicate()
     finally:
         process.kill()
+    assert [line.split(": ")[1] for line in before if line.startswith("trial 1 lora: step")] == ["step 5"]
+    assert second.code == 2
+    assert "Another `workbench sweep` is running the study 'tiny'" in second.err
+    assert len(second.err.splitlines()) == 1
+    assert len(helpers) == (workers if workers > 1 else 0)
+    assert psutil.wait_procs(helpers, timeout=60)[1] == []  # none is left behind
     first_try = lab.study.trials[1]
     assert first_try.state == TrialState.RUNNING
     (first_run,) = [run for run in lab.trials if run.data.tags["workbench.trial"] == "1"]
+    assert list(lab.curve(first_run, "train.loss")) == [1, 2, 3, 4, 5]
     if how == signal.SIGINT:
         assert (process.returncode, err) == (130, "")
         assert "the same command goes on from here" in out
         assert "Traceback" not in out
         assert (first_run.info.status, first_run.data.tags["workbench.outcome"]) == ("KILLED", "interrupted")
-        assert list(lab.curve(first_run, "train.loss")) == [1, 2, 3, 4, 5, 6, 7]
         assert lab.parent.info.status == "KILLED"
     else:
         assert process.returncode == -signal.SIGKILL
 
     done = lab.sweep()
     assert done.code == 0
-    assert "resuming study tiny: 1 trials are done, 1 that was cut off is trained again" in done.out
-    assert "trial 0 lora" not in done.out
-    assert first_try.params == lab.study.trials[1].params
+    assert re.search(r"resuming study tiny: [01] trials are done, [23] go on", done.out)
+    assert re.search("trial 1 lora: .*, from step 5\n", done.out)
+    assert "trial 1 lora: step 5" not in done.out
+    assert first_run.info.run_id == lab.trials[1].info.run_id
     check_complete(lab, undisturbed)
 
 
@@ -123,21 +133,26 @@ def once(method: Callable) -> Callable:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "states"),
     [
-        (sweeping, "suggest"),
-        (sweeping, "keep"),
-        (optuna.Study, "tell"),
+        (scheduler, "suggest", "RR"),
+        (Scheduler, "_on_reports", "RRR"),
+        (optuna.Trial, "report", "RRR"),
+        (Checkpoints, "keep_only", "RR"),
+        (Record, "keep", "CRR"),
+        (optuna.Study, "tell", "CRR"),
     ],
-    ids=["drawing", "saving", "telling"],
+    ids=["drawing", "reporting", "recording", "entering", "saving", "telling"],
 )
-def test_ctrl_c_at_any_other_time(lab, undisturbed, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str):
+def test_ctrl_c_at_any_other_time(
+    lab, undisturbed, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, states: str
+):
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, once(getattr(owner, name)))
-        stopped = lab.write().sweep()
+        stopped = lab.write().sweep("--workers=1")
     assert (stopped.code, stopped.err) == (130, "")
     assert "the same command goes on from here" in stopped.out
-    assert [trial.state for trial in lab.study.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert [trial.state.name[0] for trial in lab.study.trials] == [*states]
     assert lab.sweep().code == 0
     check_complete(lab, undisturbed)
 

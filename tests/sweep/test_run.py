@@ -23,8 +23,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from workbench.adapters.tuner_layer import TunerLayer
 from workbench.sweep import run as sweeping
-from workbench.training import loop
+from workbench.sweep import solo
+from workbench.sweep.budget import Clock
+from workbench.sweep.workshop import Workshop
+from workbench.training import loop, trainee
 from workbench.training.base import Base, fingerprint, load_base
+from workbench.training.trainee import Trainee
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,7 +114,8 @@ def test_optuna_has_each_trial_once_and_the_grid_ends_the_sweep(every_method):
     for trial, run in zip(trials, lab.trials, strict=True):
         assert trial.user_attrs["run_id"] == run.info.run_id
         assert trial.value == run.data.metrics["validation.accuracy"]
-        assert trial.intermediate_values == lab.curve(run, "validation.accuracy")
+        losses = lab.curve(run, "validation.loss")  # accuracy is maximised, so their negatives are compared
+        assert trial.intermediate_values == {step: -loss for step, loss in losses.items()}
 
 
 def test_the_parent_run(every_method):
@@ -279,14 +284,23 @@ def test_a_budget_of_steps(lab):
     assert "is finished: 3 trials have used its budget (25 steps)" in lab.sweep().out
 
 
-def test_a_budget_of_minutes(lab, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sweeping.Progress, "seconds", property(lambda self: 31.0))
-    assert lab.write(budget="{minutes: 1}").sweep().code == 0  # 31 seconds a trial: the second one passes it
+@pytest.mark.parametrize("how", ["--solo", "--workers=1"])
+def test_a_budget_of_minutes(lab, monkeypatch: pytest.MonkeyPatch, how: str):
+    def seconds(clock: Clock) -> float:
+        return 31.0 * sum(trial.state.is_finished() for trial in lab.study.trials)
+
+    monkeypatch.setattr(Clock, "seconds", property(seconds))
+    lab.write(budget="{minutes: 1}", more="search: {sampler: random, pruner: none, in_flight: 1}\n")
+    assert lab.sweep(how).code == 0  # 31 seconds a trial: the second one passes it
     assert len(lab.study.trials) == 2
+    assert "is finished: 2 trials have used its budget (1 minutes)" in lab.sweep(how).out
 
 
 @pytest.mark.parametrize(("training", "orders"), [("", 1), ("data_order: own", 2)])
-def test_trials_share_the_order_of_the_data(lab, monkeypatch: pytest.MonkeyPatch, training: str, orders: int):
+@pytest.mark.parametrize(("how", "module"), [("--solo", loop), ("--workers=1", trainee)])
+def test_trials_share_the_order_of_the_data(
+    lab, monkeypatch: pytest.MonkeyPatch, training: str, orders: int, how: str, module: Any
+):
     seen: list[list[list[int]]] = []
 
     def spy(*args: Any) -> Iterator[list[int]]:
@@ -294,48 +308,122 @@ def test_trials_share_the_order_of_the_data(lab, monkeypatch: pytest.MonkeyPatch
         seen.append([[*rows] for rows in kept])
         return drawn
 
-    batches = loop.batches
-    monkeypatch.setattr(loop, "batches", spy)
-    lab.write(budget="{trials: 2}", training=training).sweep()
-    assert [len(order) for order in seen] == [10, 10]
+    batches = module.batches
+    monkeypatch.setattr(module, "batches", spy)
+    assert lab.write(budget="{trials: 2}", training=training).sweep(how).code == 0
+    assert {len(order) for order in seen} == {10}
     assert len({str(order) for order in seen}) == orders
+
+
+# -------------------------------------------------------------------- the fast way and the plain one
+
+
+def check_alike(fast: Run, plain: Run) -> None:
+    """The same trial, trained in two ways."""
+    assert fast.data.params == plain.data.params
+    for metric in ("loss", "accuracy", "f1", "mcc"):
+        name = f"validation.{metric}"
+        assert fast.data.metrics[name] == pytest.approx(plain.data.metrics[name], abs=5e-5)
+    for metric in ("trainable_params", "all_params", "adapter_bytes"):
+        assert fast.data.metrics[metric] == plain.data.metrics[metric]
+
+
+def test_solo_measures_the_same(every_method, new_lab, tmp_path: Path):
+    swept, _ = every_method
+    lab = new_lab(tmp_path).write(EVERY_METHOD, budget="{trials: 20}", more=GRID)
+    assert lab.sweep("--solo").code == 0
+    for fast, plain in zip(swept.trials, lab.trials, strict=True):
+        check_alike(fast, plain)
+        assert fast.data.metrics["tokens_seen"] == plain.data.metrics["tokens_seen"]
+
+
+def test_a_pruned_trial_that_is_taken_up_again_ends_like_one_that_never_was(new_lab, tmp_path: Path):
+    methods = """
+    lora:
+      r: {values: [2, 4]}
+      target_modules: [query, value]
+      lora_dropout: 0.2
+      learning_rate: {min: 1e-3, max: 1e-1, distribution: log_uniform_values}
+    """
+    halved, whole = (new_lab(tmp_path / name) for name in ("halved", "whole"))
+    order = "data_order: own"
+    whole.write(methods, training=order).sweep()
+    halved.write(methods, training=order, more="search: {sampler: random, pruner: successive_halving}\n").sweep()
+    pruned = [trial.number for trial in halved.study.trials if trial.state == TrialState.PRUNED]
+    assert len(pruned) == 2
+    assert halved.sweep("--resume-trial", pruned[1]).code == 0
+    again, never = halved.trials[3], whole.trials[pruned[1]]
+    assert list(halved.curve(again, "train.loss")) == [6, 7, 8, 9, 10]
+    assert 0 < again.data.metrics["tokens_seen"] < never.data.metrics["tokens_seen"]
+    check_alike(again, never)
+    check_in_peft(halved, again)
 
 
 # -------------------------------------------------------------------- trials that go wrong
 
 
-def test_what_becomes_of_a_trial_does_not_touch_the_others(new_lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    calm, rough = new_lab(tmp_path / "calm"), new_lab(tmp_path / "rough")
-    calm.write(budget="{trials: 5}").sweep()
+def fault(number: int, step: int) -> None:
+    """What goes wrong in the next test after a trial's step; 0 is where its adapter is made."""
+    if (number, step) == (0, 0):
+        raise RuntimeError("a bug in a method")
+    if (number, step) == (2, 3):
+        raise MemoryError
+    if (number, step) == (3, 0):
+        raise MemoryError("the adapter is too large")
 
-    numbers = itertools.count()
-    current = 0
 
-    def train(*args: Any, **options: Any) -> Any:
+def break_solo(patch: pytest.MonkeyPatch) -> None:
+    """Put the faults into trials that train alone."""
+    current, adapted, train = -1, solo.adapted, solo.train
+
+    def faulty_adapted(*args: Any) -> Any:
         nonlocal current
-        current = next(numbers)
-        return original_train(*args, **options)
+        current += 1
+        fault(current, 0)
+        return adapted(*args)
 
-    def collate(split: Any, indices: list[int]) -> Any:
-        if current == 0:
-            raise RuntimeError("a bug in a method")
-        if current == 2:
-            raise MemoryError
-        return original_collate(split, indices)
+    def faulty_train(*args: Any, on_step: Callable[[int, float], None], **options: Any) -> Any:
+        def on_faulty_step(step: int, loss: float) -> None:
+            fault(current, step)
+            on_step(step, loss)
 
-    def adapt(model: Any, config: Any) -> Any:
-        if next(adapters) == 3:
-            raise MemoryError("the adapter is too large")
-        return original_adapt(model, config)
+        return train(*args, on_step=on_faulty_step, **options)
 
-    adapters = itertools.count()
-    original_train, original_collate, original_adapt = sweeping.train, loop.collate, sweeping.get_peft_model
-    monkeypatch.setattr(sweeping, "train", train)
-    monkeypatch.setattr(loop, "collate", collate)
-    monkeypatch.setattr(sweeping, "get_peft_model", adapt)
+    patch.setattr(solo, "adapted", faulty_adapted)
+    patch.setattr(solo, "train", faulty_train)
+
+
+def break_bench(patch: pytest.MonkeyPatch) -> None:
+    """Put the faults into trials on the bench."""
+    begin, stepped = Trainee._begin, Trainee.stepped
+
+    def faulty_begin(self: Trainee, *args: Any) -> None:
+        fault(self.stint.trial, 0)
+        begin(self, *args)
+
+    def faulty_step(self: Trainee) -> None:
+        fault(self.stint.trial, self.step + 1)
+        stepped(self)
+
+    patch.setattr(Trainee, "_begin", faulty_begin)
+    patch.setattr(Trainee, "stepped", faulty_step)
+
+
+@pytest.mark.parametrize(
+    ("how", "break_trials"), [("--solo", break_solo), ("--workers=1", break_bench), ("--workers=2", break_bench)]
+)
+def test_what_becomes_of_a_trial_does_not_touch_the_others(
+    new_lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, break_trials: Callable
+):
+    calm, rough = new_lab(tmp_path / "calm"), new_lab(tmp_path / "rough")
+    calm.write(budget="{trials: 5}").sweep(how)
+
+    break_trials(monkeypatch)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
-    done = rough.write(budget="{trials: 5}").sweep()
+    more = "search: {sampler: random, pruner: successive_halving}\n"
+    done = rough.write(budget="{trials: 5}", more=more).sweep(how)
     assert done.code == 0
+    assert done.out.count("5 trials") == 3
     (counts,) = [line for line in done.out.splitlines() if line.startswith("5 trials: ")]
     counted = {"1 complete", "2 out_of_memory", "1 failed", "1 pruned"}
     assert {*counts.removeprefix("5 trials: ").split(", ")} == counted
@@ -366,9 +454,10 @@ def test_what_becomes_of_a_trial_does_not_touch_the_others(new_lab, tmp_path: Pa
     assert "Traceback" not in done.out + done.err
     assert list(rough.curve(pruned, "train.loss")) == [1, 2, 3, 4, 5]
     assert pruned.data.tags["workbench.message"] == "worse than others at step 5"
-    assert "try a smaller batch_size" in starved.data.tags["workbench.message"]
-    assert too_large.data.tags["workbench.message"] == "the adapter is too large"
+    assert "does not fit into memory; try " in starved.data.tags["workbench.message"]
+    assert "(the adapter is too large)" in too_large.data.tags["workbench.message"]
     assert {*starved.data.metrics} >= {"trainable_params", "seconds/total"}
+    assert list(rough.curve(starved, "train.loss")) == [1, 2]
     assert rough.results()[4:] == calm.results()[4:]
     settings = [(number, params) for number, params, *_ in calm.results()]
     assert [(number, params) for number, params, *_ in rough.results()] == settings
@@ -397,21 +486,22 @@ def test_divergence_and_combinations_that_do_not_fit(lab):
     assert infeasible.data.params["narrow.target_modules"] == infeasible.data.params["narrow.exclude_modules"]
 
 
-def test_a_sweep_in_which_nothing_works_says_so(lab, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loop, "collate", mock.Mock(side_effect=RuntimeError("a bug in a method")))
-    done = lab.write(budget="{trials: 2}").sweep()
+@pytest.mark.parametrize("how", ["--solo", "--workers=2"])
+def test_a_sweep_in_which_nothing_works_says_so(lab, monkeypatch: pytest.MonkeyPatch, how: str):
+    monkeypatch.setattr(Workshop, "peft_config", mock.Mock(side_effect=RuntimeError("a bug in a method")))
+    done = lab.write(budget="{trials: 2}").sweep(how)
     assert done.code == 1
     assert "2 trials: 2 failed\nno trial is complete" in done.out
 
 
 def test_a_storage_that_breaks_ends_the_sweep_with_a_message(lab, monkeypatch: pytest.MonkeyPatch):
-    def breaking(*args: Any, **options: Any) -> Any:
+    def breaking(*args: Any) -> Any:
         with optuna.storages.RDBStorage(f"sqlite:///{lab.home / 'optuna.db'}").engine.begin() as connection:
             connection.exec_driver_sql("DROP TABLE trial_intermediate_values")
-        return original_train(*args, **options)
+        return train(*args)
 
-    original_train = sweeping.train
-    monkeypatch.setattr(sweeping, "train", breaking)
+    train = Workshop.train
+    monkeypatch.setattr(Workshop, "train", breaking)
     done = lab.write().sweep()
     assert done.code == 2
     assert "cannot be used: " in done.err

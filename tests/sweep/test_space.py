@@ -14,7 +14,7 @@ from optuna.trial import FixedTrial
 from workbench.adapters.registry import METHODS
 from workbench.errors import StorageError
 from workbench.sweep.domains import Tokens
-from workbench.sweep.space import TrialConfig, combinations, from_params, pruner, sampler, suggest
+from workbench.sweep.space import TrialConfig, combinations, decisions, from_params, in_flight, pruner, sampler, suggest
 from workbench.sweep.spec import Study, load_study
 
 HEAD = """\
@@ -22,7 +22,6 @@ study: tiny
 model: {path: some/model, task: SEQ_CLS}
 data: {path: some/data, text: text, label: label}
 training: {steps: 100, eval_every: 20}
-budget: {trials: 3}
 """
 
 ALL = """\
@@ -45,9 +44,9 @@ ALL = """\
 """
 
 
-def study(folder: Path, methods: str = ALL, search: str = "{}") -> Study:
+def study(folder: Path, methods: str = ALL, search: str = "{}", budget: str = "{trials: 3}") -> Study:
     file = folder / "study.yaml"
-    file.write_text(f"{HEAD}search: {search}\nmethods:\n{methods}")
+    file.write_text(f"{HEAD}budget: {budget}\nsearch: {search}\nmethods:\n{methods}")
     return load_study(file)
 
 
@@ -266,3 +265,36 @@ def test_hyperband_spans_the_steps_of_a_trial(tmp_path: Path) -> None:
         else:
             store.tell(trial, -number)
     assert 0 < pruned < 30
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("median", [20, 40, 60, 80, 100]),
+        ("successive_halving", [20, 60, 100]),
+        ("hyperband", [20, 60, 100]),
+        ("none", [100]),
+    ],
+)
+def test_decisions_are_made_where_trials_are_measured(tmp_path: Path, name: str, steps: list[int]) -> None:
+    searched = study(tmp_path, search=f"{{pruner: {name}}}")
+    assert decisions(searched) == steps
+    assert {*steps} <= {*searched.training.eval_steps}
+
+
+@pytest.mark.parametrize(
+    ("search", "budget", "number"),
+    [
+        ("sampler: random, pruner: successive_halving", "trials: 16", 16),
+        ("sampler: random, pruner: hyperband", "trials: 40", 27),
+        ("sampler: random, pruner: hyperband", "minutes: 5", 9),
+        ("sampler: tpe, pruner: successive_halving", "trials: 16", 9),
+        ("sampler: random, pruner: none", "steps: 1000", 27),
+        ("sampler: random, pruner: none", "minutes: 5", 6),
+        ("sampler: tpe, pruner: none", "trials: 16", 6),
+        ("sampler: random, pruner: median", "trials: 16", 6),
+        ("sampler: random, pruner: median, in_flight: 2", "trials: 16", 2),
+    ],
+)
+def test_how_many_trials_are_live_at_once(tmp_path: Path, search: str, budget: str, number: int) -> None:
+    assert in_flight(study(tmp_path, search=f"{{{search}}}", budget=f"{{{budget}}}")) == number

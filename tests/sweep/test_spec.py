@@ -229,6 +229,11 @@ FILES = {
         HEAD.replace("SEQ_CLS", "CAUSAL_LM") + METHODS + "objective: {metric: §chrf}\n",
         ["chrf needs something to compare with.*data.target"],
     ),
+    "unknown metric to prune by": (
+        HEAD + METHODS + "search: {prune_by: §objectiv}\n",
+        ["SEQ_CLS has no metric 'objectiv'.*did you mean objective"],
+    ),
+    "nothing in flight": (HEAD + METHODS + "search: {in_flight: §0}\n", ["in_flight should be greater than 0"]),
     "unknown goal": (HEAD + METHODS + "objective: {goal: §max}\n", ["goal should be 'maximize' or 'minimize'"]),
     "grid over a range": (
         HEAD + "methods: {lora: {learning_rate: {min: 1e-4, max: 1e-2}}}\nsearch: {sampler: §grid}\n",
@@ -414,6 +419,25 @@ def test_objective_by_task(tmp_path: Path, task: str, columns: str, metric: str,
     text = HEAD.replace("SEQ_CLS", task).replace("text: text, label: label", columns) + METHODS
     objective = load(tmp_path, text).objective
     assert (objective.metric, objective.goal) == (metric, goal)
+
+
+@pytest.mark.parametrize(
+    ("objective", "prune_by", "value"),
+    [
+        ("accuracy", "loss", -0.25),
+        ("accuracy", "objective", 0.75),
+        ("accuracy", "mcc", 0.5),
+        ("loss", "loss", 0.25),
+        ("loss", "accuracy", -0.75),
+        ("accuracy, goal: minimize", "objective", 0.75),
+        ("accuracy, goal: minimize", "loss", 0.25),
+    ],
+)
+def test_what_is_compared_has_the_direction_of_the_objective(
+    tmp_path: Path, objective: str, prune_by: str, value: float
+) -> None:
+    study = load(tmp_path, HEAD + METHODS + f"objective: {{metric: {objective}}}\nsearch: {{prune_by: {prune_by}}}\n")
+    assert study.to_compare({"accuracy": 0.75, "loss": 0.25, "mcc": 0.5}) == value
 
 
 def test_goal_follows_the_metric(tmp_path: Path) -> None:
@@ -605,6 +629,7 @@ PLACES = [
     "objective.metric",
     "budget.minutes",
     "search.seed",
+    "search.prune_by",
     "search",
 ]
 

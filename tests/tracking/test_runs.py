@@ -218,6 +218,35 @@ def test_a_tracking_server(template, tmp_path, capfd):
         server.wait()
 
 
+def test_a_trial_that_goes_on_has_each_step_once(tracking):
+    study = _study(tracking)
+    trial = study.open_trial(0, {"lora.r": 8}, {"workbench.label": "lora"})
+    for step in (1, 2):
+        trial.log(step, {"train.loss": 1 / step})
+    trial.summary({"trainable_params": 5})
+    trial.end("interrupted", "stopped")
+    again = study.reopen_trial(trial.run_id)
+    stored = tracking.client.get_run(again.run_id)
+    assert stored.info.status == "RUNNING"
+    assert not {"workbench.outcome", "workbench.message"} & stored.data.tags.keys()
+    for step in (2, 3):
+        again.log(step, {"train.loss": 7.0, "validation.loss": 7.0})
+    again.tag("workbench.shared", "2")
+    again.end("complete")
+    curve = frames.history(tracking.uri, again.run_id)
+    assert curve[["metric", "step", "value"]].values.tolist() == [
+        ["train.loss", 1, 1.0],
+        ["train.loss", 2, 0.5],
+        ["train.loss", 3, 7.0],
+        ["trainable_params", 0, 5.0],
+        ["validation.loss", 2, 7.0],
+        ["validation.loss", 3, 7.0],
+    ]
+    stored = tracking.client.get_run(again.run_id)
+    assert (stored.info.status, stored.data.tags["workbench.shared"]) == ("FINISHED", "2")
+    assert len(frames.trials(tracking.uri, "s")) == 1
+
+
 def test_environment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test that asks the hub fails at once
 
@@ -146,3 +147,31 @@ def names(tmp_path: Path) -> Path:
     for split in ("train", "validation"):
         write_rows(folder / f"{split}.jsonl", rows)
     return folder
+
+
+@pytest.fixture(scope="session")
+def known_places() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def places(
+    known_places: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Any]]:
+    """Gives a `Place` by its kind, the same to all tests; after each the base must be as it was."""
+    from .places import State, make_place  # which need this file
+
+    from workbench.training import bench
+
+    monkeypatch.setattr(bench, "release", lambda device: None)  # takes longer than a tiny model trains
+    used: dict[str, State] = {}
+
+    def place(kind: str) -> Any:
+        if kind not in known_places:
+            known_places[kind] = make_place(kind, tmp_path_factory.mktemp(kind))
+        used.setdefault(kind, State.of(known_places[kind].base.model))
+        return known_places[kind]
+
+    yield place
+    for kind, state in used.items():
+        state.check(known_places[kind].base.model)

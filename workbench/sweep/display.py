@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from . import budget
 from .space import TrialConfig, combinations
 from .spec import Study
 
@@ -31,6 +33,7 @@ class Display:
         self._study_bar: TaskID | None = None
         self._bars: dict[int, TaskID] = {}
         self._names: dict[int, str] = {}
+        self._ended: Counter[str] = Counter()
 
     @contextmanager
     def open(self) -> Iterator[Display]:
@@ -67,34 +70,40 @@ class Display:
         done = sum(trial.state.is_finished() for trial in earlier)
         cut_off = sum(trial.state == TrialState.RUNNING for trial in earlier)
         if earlier:
-            again = f", {cut_off} that was cut off is trained again" if cut_off else ""
+            again = f", {cut_off} {'goes' if cut_off == 1 else 'go'} on" if cut_off else ""
             self.say(f"resuming study {self.study.name}: {done} trials are done{again}")
         else:
             self.say(
-                f"study {self.study.name}: {budget(self.study)}, {self.study.objective.goal} "
+                f"study {self.study.name}: {budget.words(self.study)}, {self.study.objective.goal} "
                 f"{self.study.objective.metric}"
             )
         if self._progress:
             total = self.study.budget.trials
             self._study_bar = self._progress.add_task(f"study {self.study.name}", total=total, completed=done, note="")
 
-    def trial(self, number: int, config: TrialConfig, steps: int) -> None:
-        """A trial starts."""
+    def trial(self, number: int, config: TrialConfig, step: int = 0, resumes: int | None = None) -> None:
+        """A trial takes part, from a step on; perhaps it takes up a pruned one again."""
         varied = ", ".join(f"{key}={value}" for key, value in config.describe().items())
-        self._names[number] = f"trial {number} {config.label}"
-        if self._progress:
-            self._bars[number] = self._progress.add_task(self._names[number], total=steps, note=varied)
-        else:
-            self.say(f"{self._names[number]}: {varied}" if varied else self._names[number])
+        name = self._names[number] = f"trial {number} {config.label}"
+        if not self._progress:
+            words = [varied, f"takes up trial {resumes} again" if resumes is not None else ""]
+            words.append(f"from step {step}" if step else "")
+            told = ", ".join(filter(None, words))
+            self.say(f"{name}: {told}" if told else name)
 
     def step(self, number: int, step: int, loss: float) -> None:
-        """A trial made a step."""
+        """A trial made a step. Only trials that train have bars, so that many live ones do not fill the screen."""
         if self._progress:
-            self._progress.update(self._bars[number], completed=step, note=f"loss {loss:.4f}")
+            if number not in self._bars:
+                steps = self.study.training.steps
+                self._bars[number] = self._progress.add_task(self._names[number], total=steps, note="")
+            self._progress.update(self._bars[number], completed=step, note=f"loss {loss:.4f}", visible=True)
 
     def evaluated(self, number: int, step: int, metrics: Mapping[str, float]) -> None:
-        """A trial was measured on the validation split."""
-        if not self._progress:
+        """A trial was measured on the validation split, which ends a stretch of training."""
+        if self._progress:
+            self._progress.update(self._bars[number], visible=False)
+        else:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self.say(f"{self._names[number]}: step {step}: {shown}")
 
@@ -108,10 +117,16 @@ class Display:
             message.splitlines()[0] if message and outcome != "complete" else "",
         ]
         self.say(f"{self._names[number]}: {', '.join(filter(None, parts))}")
-        if self._progress:
+        if self._progress and number in self._bars:
             self._progress.remove_task(self._bars.pop(number))
-            if self._study_bar is not None:
-                self._progress.advance(self._study_bar)
+        self._ended[outcome] += 1
+        if self._progress and self._study_bar is not None:
+            self._progress.advance(self._study_bar)
+
+    def ended(self, seconds: float) -> None:
+        """This sweep is over."""
+        ended = ", ".join(f"{count} {outcome}" for outcome, count in self._ended.most_common())
+        self.say(f"{self._ended.total()} trials in {seconds:.1f} s: {ended}")
 
     def finished_before(self, trials: Sequence[FrozenTrial]) -> None:
         """There is nothing left to do."""
@@ -119,10 +134,4 @@ class Display:
         if self.study.search.sampler == "grid" and len(trials) >= (combinations(self.study) or 0):
             self.say(f"{tried}, every combination of its grid.")
         else:
-            self.say(f"{tried} have used its budget ({budget(self.study)}). Raise the budget to go on with it.")
-
-
-def budget(study: Study) -> str:
-    """The study's budget in words."""
-    given = study.budget.model_dump(exclude_none=True)
-    return ", ".join(f"{amount:g} {unit}" for unit, amount in given.items())
+            self.say(f"{tried} have used its budget ({budget.words(self.study)}). Raise the budget to go on with it.")

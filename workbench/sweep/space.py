@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import BaseTrial, FixedTrial
 
 from workbench.errors import StorageError
 
 from .domains import Choice, Constant, Domain, Number, Range, TokenRange, Tokens, encode, size, total
+from .halving import Halving, rungs
 from .spec import Study
 
 METHOD = "method"
+HALVING = ("successive_halving", "hyperband")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class TrialConfig:
     adapter: dict[str, Any]
     training: dict[str, float | str]
     varied: tuple[str, ...]
+
+    @property
+    def new_tokens(self) -> tuple[str, ...]:
+        """The texts that the trial adds to the vocabulary."""
+        wanted = [value for value in self.adapter.values() if isinstance(value, Tokens)]
+        return tuple(dict.fromkeys(token for tokens in wanted for token in tokens.new_tokens))
 
     def describe(self) -> dict[str, str]:
         """The searched hyperparameters in a short form for people, e.g. {"r": "8", "learning_rate": "0.00123"}."""
@@ -105,17 +113,41 @@ class Exhaustive(BruteForceSampler):
 
 
 def pruner(study: Study) -> BasePruner:
-    """Optuna's pruner for the study's search; a trial reports at the steps `training.eval_steps`."""
-    first, last = study.training.eval_steps[0], study.training.steps
+    """The pruner of the study's search; a trial reports at the steps `training.eval_steps`."""
     match study.search.pruner:
         case "median":
             return MedianPruner()
-        case "hyperband":
-            return HyperbandPruner(min_resource=first, max_resource=last)
-        case "successive_halving":
-            return SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
+        case "hyperband" | "successive_halving" as name:
+            return Halving(study.training.eval_steps[0], study.training.steps, brackets=name == "hyperband")
         case "none":
             return NopPruner()
+
+
+def decisions(study: Study) -> list[int]:
+    """The steps at which a trial may be stopped; the last one ends it."""
+    steps = study.training.eval_steps
+    match study.search.pruner:
+        case "median":
+            return steps
+        case "hyperband" | "successive_halving":
+            return [*rungs(steps[0], steps[-1]), steps[-1]]
+        case "none":
+            return steps[-1:]
+
+
+def in_flight(study: Study) -> int:
+    """How many trials are live at once. It does not depend on the machine, so that the trials do not either.
+
+    Who learns from trials (TPE), compares with those that are complete (the median) or may have to stop (minutes)
+    should not have many out at once; halving needs enough to choose from; else there may be as many as there are.
+    """
+    if study.search.in_flight:
+        return study.search.in_flight
+    halves = study.search.pruner in HALVING
+    careful = study.search.sampler == "tpe" or study.budget.minutes is not None
+    if study.search.pruner == "median" or (careful and not halves):
+        return 6
+    return 9 if careful else min(27, study.budget.trials or 27)
 
 
 def _draw(trial: BaseTrial, name: str, domain: Domain) -> Any:

@@ -31,6 +31,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "SEQ_2_SEQ_LM": ("text", "target"),
 }
 LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+OBJECTIVE = "objective"
 _PATHS = (
     ("model", "path"),
     ("model", "tokenizer"),
@@ -73,6 +74,10 @@ class SearchSection(Section):
     )
     pruner: Literal["median", "hyperband", "successive_halving", "none"] = Field(
         "median", description="Which trials are stopped early, by comparison with others at the same step."
+    )
+    prune_by: str = Field("loss", description="The validation metric that the pruner compares, or `objective`.")
+    in_flight: Positive | None = Field(
+        None, description="Trials that are live at once, whatever the number of workers; default by sampler and pruner."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds the sampler.")
 
@@ -147,6 +152,14 @@ class Study(Section):
     path: Path
     text: str
 
+    def to_compare(self, metrics: dict[str, float]) -> float:
+        """What a pruner compares at an evaluation, in the direction of the objective as Optuna wants it: the negative
+        of a metric with the other goal."""
+        named = self.search.prune_by
+        metric = self.objective.metric if named == OBJECTIVE else named
+        goal = self.objective.goal if metric == self.objective.metric else METRICS[self.model.task][metric]
+        return metrics[metric] if goal == self.objective.goal else -metrics[metric]
+
 
 def load_study(path: str | Path) -> Study:
     """Read a study file. Relative folders and files that exist next to it become absolute; other names are hub ids.
@@ -165,7 +178,7 @@ def load_study(path: str | Path) -> Study:
         task = None
     _resolve_paths(source, Path(path).parent)
     _check_data(source, task)
-    _check_metric(source, task)
+    _check_metrics(source, task)
     file = _validate(source)
     methods = _methods(source, task)
     _check_search(source, methods)
@@ -225,16 +238,20 @@ def _check_data(source: Source, task: str | None) -> None:
             source.report(("data",), f"missing key {column!r}", f"{task} needs the name of this column", at_key=True)
 
 
-def _check_metric(source: Source, task: str | None) -> None:
-    metric, loc = _section(source, "objective").get("metric"), ("objective", "metric")
+def _check_metrics(source: Source, task: str | None) -> None:
     known = next((metrics for name, metrics in METRICS.items() if name == task), None)
-    if known is None or not isinstance(metric, str):
+    if known is None:
         return
-    if metric not in known:
-        hint = did_you_mean(metric, known) or f"known: {', '.join(known)}"
-        source.report(loc, f"{task} has no metric {metric!r}", hint)
-    elif task == "CAUSAL_LM" and metric in ("exact_match", "chrf") and _section(source, "data").get("target") is None:
-        source.report(loc, f"{metric} needs something to compare with", "name the column in data.target")
+    for loc, word in ((("objective", "metric"), None), (("search", "prune_by"), OBJECTIVE)):
+        metric = _section(source, loc[0]).get(loc[1])
+        if not isinstance(metric, str) or metric == word:
+            continue
+        if metric not in known:
+            names = [*known, *([word] if word else [])]
+            hint = did_you_mean(metric, names) or f"known: {', '.join(names)}"
+            source.report(loc, f"{task} has no metric {metric!r}", hint)
+        elif task == "CAUSAL_LM" and metric in ("exact_match", "chrf") and not _section(source, "data").get("target"):
+            source.report(loc, f"{metric} needs something to compare with", "name the column in data.target")
 
 
 def _validate(source: Source) -> StudyFile | None:

@@ -21,7 +21,7 @@ PAGE = 1000  # runs a request
 STUDY_COLUMNS = ["study", "status", "metric", "goal", "optuna", "file", "started", "run_id"]
 COUNTS = ["trainable_params", "all_params", "adapter_bytes"]  # whole numbers, which MLflow keeps as floats
 TRIAL_COLUMNS = ["number", "label", "method", "outcome", "objective", *COUNTS, "trainable_percent"]
-TRIAL_COLUMNS += ["searched", "message", "started", "run_id"]
+TRIAL_COLUMNS += ["searched", "message", "resumes", "started", "run_id"]
 
 
 def studies(tracking_uri: str) -> pd.DataFrame:
@@ -50,8 +50,9 @@ def trials(tracking_uri: str, study: str) -> pd.DataFrame:
     """One row a trial, by number.
 
     Columns: those of `TRIAL_COLUMNS`, always; `objective` is the study's metric at the last evaluation. `outcome` is
-    "running" until the trial has ended. Then every metric under its own name, with its last value (`seconds/train`,
-    `validation.accuracy`), and the hyperparameters as `hp.<field>`, numeric where all values are.
+    "running" until the trial has ended; `resumes` is the number of the pruned trial that it takes up again, or "". Then
+    every metric under its own name, with its last value (`seconds/train`, `validation.accuracy`), and the
+    hyperparameters as `hp.<field>`, numeric where all values are.
 
     Raises:
         StorageError: the store cannot be read, or holds no such study.
@@ -163,6 +164,7 @@ def _trial_row(run: Run) -> dict[str, Any]:
         "searched": tags.get("workbench.searched", ""),
         "outcome": "running" if running else tags.get("workbench.outcome", run.info.status.lower()),
         "message": tags.get("workbench.message", ""),
+        "resumes": tags.get("workbench.resumes", ""),
         "started": run.info.start_time,
         "run_id": run.info.run_id,
         **run.data.metrics,

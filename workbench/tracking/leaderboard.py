@@ -39,7 +39,7 @@ def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Tab
             f"{trial['trainable_params']:,}" if there(trial["trainable_params"]) else "",
             f"{trial[memory]:.0f}" if memory and there(trial[memory]) else "",
             f"{trial['seconds/total']:.1f}" if there(trial.get("seconds/total")) else "",
-            trial["outcome"],
+            trial["outcome"] + (f", resumes {trial['resumes']}" if trial["resumes"] else ""),
             style="bold" if trial["rank"] == 1 else None,
         )
     return table

@@ -195,11 +195,14 @@ class Run:
         self._buffer: list[tuple[str, float, int, int]] = []  # key, value, milliseconds since the epoch, step
         self._non_finite: Counter[str] = Counter()
         self._sent = time.monotonic()
+        self._recorded: dict[str, int] = {}  # each metric's last step in a run that is opened again
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note values at a step. NaN and infinities are not stored but counted, in the tag `workbench.non_finite`."""
         now = round(time.time() * 1000)
         for key, value in metrics.items():
+            if 0 < step <= self._recorded.get(_clean(key), 0):
+                continue
             if math.isfinite(value):
                 self._buffer.append((_clean(key), float(value), now, step))
             else:
@@ -211,6 +214,11 @@ class Run:
         """Note values of the whole run, such as `trainable_params`; sent at once."""
         self.log(0, metrics)
         self.flush()
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag."""
+        with storage_errors(self._client.tracking_uri):
+            self._client.set_tag(self.run_id, key, value)
 
     def flush(self) -> None:
         """Send the buffered metrics."""
@@ -269,6 +277,18 @@ class StudyRun(Run):
             run = self._client.create_run(self._experiment_id, tags=known, run_name=f"trial {number}")
             _describe(self._client, run, params, tags)
         return TrialRun(self._client, run.info.run_id)
+
+    def reopen_trial(self, run_id: str) -> TrialRun:
+        """The child run of a trial that was cut off, running again. Steps that it holds are not recorded twice."""
+        with storage_errors(self._client.tracking_uri):
+            self._client.update_run(run_id, status="RUNNING")
+            stored = self._client.get_run(run_id).data
+            for key in {"workbench.outcome", "workbench.message"} & stored.tags.keys():
+                self._client.delete_tag(run_id, key)
+            run = TrialRun(self._client, run_id)
+            for key in stored.metrics:
+                run._recorded[key] = max(metric.step for metric in self._client.get_metric_history(run_id, key))
+        return run
 
     def end(self, status: Status) -> None:
         """Close the parent run."""

@@ -115,6 +115,13 @@ class Base:
         return pieces
 
 
+def configs_of(model: Any) -> list[PretrainedConfig]:
+    """The configurations that a model and its parts go by, each once."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    parts = [value for config in found.values() for value in vars(config).values()]
+    return list((found | {id(part): part for part in parts if isinstance(part, PretrainedConfig)}).values())
+
+
 def vocabulary_tables(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Every place `(module, name, parameter)` with one row a token; tied places hold the same parameter."""
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]

@@ -6,10 +6,12 @@ it came, so it can be paused, moved to another process, or taken up again after 
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from .layout import Group
 from .loop import Row, backward, check_finite, evaluate, in_order, measure, scores, taken_apart
 from .memory import Meter, out_of_memory, release, says_no_memory
 from .optimizer import step as optimizer_step
-from .packed import Known, Packed
+from .packed import Known, Packed, Scored
 from .packing import Packing
 from .parts import by_length
 from .rows import Rows
@@ -58,6 +60,8 @@ class Bench:
 
     def __init__(self, base: Base, data: TaskData, cache: Path | None = None, cache_gib: float = 0.0):
         self.base, self.data = base, data
+        gc.collect()
+        gc.freeze()  # what is there now stays, so the collection after each pass need not look at it
         self.shared_costs: dict[str, float] = {}
         self.packing = Packing(base.device)
         self.packed: Packed | None = None
@@ -69,8 +73,8 @@ class Bench:
         self.rows = {name: Rows.of(name, getattr(data, name)) for name in ("train", "validation")}
         if base.task == "CAUSAL_LM":  # virtual tokens could predict a row's first; metrics are over the others
             self.rows["validation"].labels[self.rows["validation"].starts[:-1]] = IGNORED
-        packed, few = Packed(base), torch.arange(min(8, len(self.rows["train"])))
-        self.fault = packed.fault(Group(self.rows["train"], few, torch.zeros_like(few)))
+        packed = Packed(base)
+        self.fault = next(filter(None, (packed.fault(extremes(rows)) for rows in self.rows.values())), "")
         if not self.fault:
             self.packed = packed
             if cache and cache_gib:
@@ -87,8 +91,7 @@ class Bench:
         """Train the stints in one pass and measure each on the validation split.
 
         A trial that cannot share a pass (`obstacle`) has one for itself. One that fails (it diverges, does not fit the
-        model or into memory) leaves; the others go on. What `on_step` raises passes through and leaves every checkpoint
-        as it was.
+        model or into memory) leaves; the others go on. Ctrl-C passes through and leaves every checkpoint as it was.
         """
         reports: dict[int, Report] = {stint.trial: Report(stint.trial) for stint in stints}
         trainees: list[Trainee] = []
@@ -105,9 +108,11 @@ class Bench:
                     meter = Meter(device)
                     with meter.phase("train"):
                         self._advance(together, on_step)
-                    share(meter, together)
+                    share(meter, together, [trainee.work for trainee in together])
+                    self._evaluate([trainee for trainee in together if trainee.report.error is None])
                 for trainee in trainees:
-                    self._finish(trainee)
+                    with self._blamed(trainee.report):
+                        self._write(trainee)
             finally:
                 for trainee in trainees:
                     trainee.remove()
@@ -127,21 +132,15 @@ class Bench:
             else:
                 report.error, report.trace = error, traceback.format_exc()
 
-    def _finish(self, trainee: Trainee) -> None:
-        """Measure a trial after its last step, and write its files."""
-        report, stint = trainee.report, trainee.stint
+    def _write(self, trainee: Trainee) -> None:
+        """Write a trial's files, if it can go on."""
+        stint, report = trainee.stint, trainee.report
         if report.error is not None:
             return
-        meter = Meter(self.base.device)
-        with self._blamed(report):
-            with meter.phase("eval"):
-                report.metrics = self._measure(trainee)
-            check_finite(trainee.step, stint.settings, {"validation loss": report.metrics["loss"]})
+        with trainee.attached():  # where it trains biases of the base, only then they are its own
             trainee.save()
             if stint.adapter is not None:
-                with trainee.attached():
-                    report.adapter_bytes = save_adapter(trainee.model, self.base, stint.adapter)
-        report.costs |= meter.metrics
+                report.adapter_bytes = save_adapter(trainee.model, self.base, stint.adapter)
 
     def _prepare(self, trainees: Sequence[Trainee]) -> None:
         """Have the activations at hand with which rows enter late; without room for them they enter at the bottom."""
@@ -174,10 +173,7 @@ class Bench:
                 return
             if not says_no_memory(error):
                 raise
-        release(self.base.device)
-        half = len(trainees) // 2
-        self._advance(trainees[:half], on_step)
-        self._advance(trainees[half:], on_step)
+        self._halved(lambda half: self._advance(half, on_step), trainees)
 
     @contextmanager
     def _on_base(self, trainees: Sequence[Trainee], training: bool = True) -> Iterator[None]:
@@ -229,14 +225,14 @@ class Bench:
         ]
         counts = [self._scored(trainee, batch) for trainee, batch in zip(live, batches, strict=True)]
         starts = [
-            trainee.count(rows, batch, self.packed.depth).split(len(own[0]))
+            trainee.count(rows, batch).split(len(own[0]))
             for trainee, batch, own in zip(live, batches, parts, strict=True)
         ]
-        for number in range(max(map(len, parts))):
-            there = [k for k in range(len(live)) if number < len(parts[k])]
-            groups = [live[k].group(rows, parts[k][number], starts[k][number]) for k in there]
+        nothing = torch.zeros(0, dtype=torch.long)  # a pass has a group for each trial of the bank
+        for number, there in enumerate(zip_longest(*map(zip, parts, starts), fillvalue=(nothing, nothing))):
+            groups = [trainee.group(rows, *part) for trainee, part in zip(live, there, strict=True)]
             loss: Any = 0.0
-            for k, own in zip(there, self._losses(groups), strict=True):
+            for k, own in enumerate(self._losses(groups)):
                 totals[k] += float(own.detach()) / counts[k]
                 loss = loss + own / counts[k]
             if number == 0:
@@ -272,23 +268,22 @@ class Bench:
                 for logits, group in zip(hidden.split(self.packed.layout.rows), groups, strict=True)
             ]
         losses = []
-        for k, (positions, labels) in enumerate(self.packed.scored(hidden)):
-            pieces = self._pieces(positions, labels)
+        for scored in self.packed.scored(hidden):
+            pieces = self._pieces(scored)
             if self.packed.by_head and len(pieces) > 1:  # one piece's logits at a time, in the backward pass again
-                summed = [checkpoint(self._loss_at, own, k, right, use_reentrant=False) for own, right in pieces]
+                summed = [checkpoint(self._loss_of, piece, use_reentrant=False) for piece in pieces]
             else:
-                summed = [self._loss_at(own, k, right) for own, right in pieces]
+                summed = [self._loss_of(piece) for piece in pieces]
             losses.append(torch.stack(summed).sum())
         return losses
 
-    def _pieces(self, positions: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _pieces(self, scored: Scored) -> list[Scored]:
         """Scored positions in pieces whose logits do not take much memory."""
-        size = max(1, LOGITS // self.base.model.config.get_text_config().vocab_size)
-        return list(zip(positions.split(size), labels.split(size), strict=True))
+        return scored.split(max(1, LOGITS // self.base.model.config.get_text_config().vocab_size))
 
-    def _loss_at(self, positions: Tensor, group: int, labels: Tensor) -> Tensor:
+    def _loss_of(self, scored: Scored) -> Tensor:
         assert self.packed is not None
-        return F.cross_entropy(self.packed.head(positions, group).float(), labels, reduction="sum")
+        return F.cross_entropy(self.packed.head(scored).float(), scored.labels, reduction="sum")
 
     def _padded_loss(self, trainee: Trainee, batch: Tensor) -> float:
         """Forward and backward of one batch through the model as it is, in parts of about one length."""
@@ -302,37 +297,76 @@ class Bench:
 
     # ---------------------------------------------------------------- evaluation
 
-    @torch.no_grad()
-    def _measure(self, trainee: Trainee) -> dict[str, float]:
-        """The metrics of the validation split."""
-        split, settings = self.data.validation, trainee.stint.settings
-        if not trainee.packed:
-            with self._on_base([trainee], training=False):
-                return evaluate(trainee.model, self.base, split, settings)
-        with self._on_base([trainee], training=False):
-            rows = self._score(trainee, self.rows["validation"], settings.eval_batch_size)
-        if "target" not in split.features.column_names:
-            return measure(trainee.model, self.base, split, rows, settings.eval_batch_size)[0]
-        with trainee.attached():
-            return measure(trainee.model, self.base, split, rows, settings.eval_batch_size)[0]
+    def _evaluate(self, trainees: Sequence[Trainee]) -> None:
+        """Measure trials that share a pass on the validation split; where memory runs out, one half after the other."""
+        if not trainees:
+            return
+        meter = Meter(self.base.device)
+        try:
+            with meter.phase("eval"), torch.no_grad():
+                found = self._measured(trainees)
+            share(meter, trainees, [trainee.work_of(self.rows.get("validation")) for trainee in trainees])
+            for trainee, metrics in zip(trainees, found, strict=True):
+                with self._blamed(trainee.report):
+                    check_finite(trainee.step, trainee.stint.settings, {"validation loss": metrics["loss"]})
+                    trainee.report.metrics = metrics
+            return
+        except Exception as error:
+            if len(trainees) == 1:
+                with self._blamed(trainees[0].report):
+                    raise
+                return
+            if not says_no_memory(error):
+                raise
+        self._halved(self._evaluate, trainees)
 
-    def _score(self, trainee: Trainee, rows: Rows, batch_size: int) -> list[Row]:
-        """The scored positions of all rows, in the order of the split."""
+    def _halved(self, work: Callable[[Sequence[Trainee]], None], trainees: Sequence[Trainee]) -> None:
+        """After memory ran out: the same work with one half of the trials after the other."""
+        release(self.base.device)
+        half = len(trainees) // 2
+        self.packing.most = min(self.packing.most, half)
+        work(trainees[:half])
+        work(trainees[half:])
+
+    def _measured(self, trainees: Sequence[Trainee]) -> list[dict[str, float]]:
+        """The metrics of the validation split for each trial."""
+        split, size = self.data.validation, trainees[0].stint.settings.eval_batch_size
+        with self._on_base(trainees, training=False):
+            if not trainees[0].packed:
+                return [evaluate(trainees[0].model, self.base, split, trainees[0].stint.settings)]
+            found = self._score(trainees, self.rows["validation"], size)
+        metrics = []
+        for trainee, rows in zip(trainees, found, strict=True):
+            with trainee.attached() if "target" in split.features.column_names else nullcontext():
+                metrics.append(measure(trainee.model, self.base, split, rows, size)[0])
+        return metrics
+
+    def _score(self, trainees: Sequence[Trainee], rows: Rows, batch_size: int) -> list[list[Row]]:
+        """The scored positions of all rows, in the order of the split, for each trial."""
         assert self.packed is not None
         order = list(rows.lengths.argsort(stable=True).split(batch_size))
-        found: list[Row] = []
+        found: list[list[Row]] = [[] for _ in trainees]
         for indices in order:
-            group = trainee.group(rows, indices)
-            hidden = self.packed.hidden([group], self._known)
+            groups = [trainee.group(rows, indices) for trainee in trainees]
+            hidden = self.packed.hidden(groups, self._known)
             if self.packed.pooled:
                 labels = rows.labels[indices].to(hidden.device)
-                found += taken_apart([scores(hidden, labels)], [1] * len(indices))
+                for own, logits in zip(found, hidden.split(self.packed.layout.rows), strict=True):
+                    own += taken_apart([scores(logits, labels)], [1] * len(indices))
                 continue
-            targets = group.targets(self.base.task == "CAUSAL_LM") != IGNORED
-            ((positions, labels),) = self.packed.scored(hidden)
-            parts = [scores(self.packed.head(own, 0), labels) for own, labels in self._pieces(positions, labels)]
-            found += taken_apart(parts, [int(own.sum()) for own in targets.split(group.lengths.tolist())])
-        return in_order([indices.tolist() for indices in order], found)
+            for k, scored in enumerate(self.packed.scored(hidden)):
+                targets = groups[k].targets(self.base.task == "CAUSAL_LM") != IGNORED
+                counts = [int(part.sum()) for part in targets.split(groups[k].lengths.tolist())]
+                parts = [scores(self.packed.head(piece), piece.labels) for piece in self._pieces(scored)]
+                found[k] += taken_apart(parts, counts)
+        return [in_order([indices.tolist() for indices in order], own) for own in found]
+
+
+def extremes(rows: Rows) -> Group:
+    """The shortest and the longest rows: what a model cannot do, say windows of attention, shows in these."""
+    order = rows.lengths.argsort()
+    few = torch.cat([order[:4], order[4:][-4:]])
+    return Group(rows, few, torch.zeros_like(few))
 
 
 def sharing(trainees: Sequence[Trainee]) -> list[list[Trainee]]:
@@ -341,12 +375,12 @@ def sharing(trainees: Sequence[Trainee]) -> list[list[Trainee]]:
     return [*([able] if able else []), *([trainee] for trainee in trainees if trainee not in able)]
 
 
-def share(meter: Meter, trainees: Sequence[Trainee]) -> None:
-    """Divide the time of a shared pass by the work of each trial, tokens times layers. Peaks are the pass's."""
-    everything = sum(trainee.work for trainee in trainees) or 1.0
-    for trainee in trainees:
+def share(meter: Meter, trainees: Sequence[Trainee], work: Sequence[float]) -> None:
+    """Divide the time of a shared phase by the work of each trial, tokens times layers. Peaks are those of the pass."""
+    everything = sum(work) or 1.0
+    for trainee, own in zip(trainees, work, strict=True):
         trainee.report.shared = len(trainees)
-        trainee.report.costs = {
-            name: value * trainee.work / everything if name.startswith("seconds/") else value
+        trainee.report.costs |= {
+            name: value * own / everything if name.startswith("seconds/") else value
             for name, value in meter.metrics.items()
         }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from .base import Base
+from .base import Base, configs_of
 from .layout import Bucket, Group, Layout, Stage, lay_out
 from .rows import ranges
 
@@ -36,6 +36,27 @@ class Reached(Exception):
     """A pass has come to the layer whose activations were asked for."""
 
 
+class Scored(NamedTuple):
+    """Positions of one group that are scored, or some of them.
+
+    Attributes:
+        group: its number in the pass.
+        hidden: what came of them, `(n, width)`, or `(n, classes)` where they went through the head with all others.
+        labels: the right ids, `(n,)`.
+        places: where they are among the group's tokens, `(n,)`.
+    """
+
+    group: int
+    hidden: Tensor
+    labels: Tensor
+    places: Tensor
+
+    def split(self, size: int) -> list[Scored]:
+        """Parts of at most so many positions."""
+        parts = zip(self.hidden.split(size), self.labels.split(size), self.places.split(size), strict=True)
+        return [Scored(self.group, *part) for part in parts]
+
+
 class Packed:
     """A base model that runs packed passes.
 
@@ -48,7 +69,8 @@ class Packed:
     """
 
     def __init__(self, base: Base):
-        self.base, self.model = base, base.model
+        self.base = base
+        self.model: Any = base.model
         self.layers = transformer_layers(self.model)
         self.pooled = base.task == "SEQ_CLS"
         self.reads_last = isinstance(
@@ -61,7 +83,7 @@ class Packed:
         self._known: Known
         self._stage: Stage
         self._goal: int | None = None
-        self._what = "all"  # positions, stage, firsts or rows: what is being computed, see `positions`
+        self._what = "all"  # stage, firsts, rows or scored: what is being computed, see `positions`
 
     @property
     def depth(self) -> int:
@@ -112,7 +134,7 @@ class Packed:
     def before(self) -> set[str]:
         """Paths of the modules that run before the first layer, by trying it out."""
         seen: set[str] = set()
-        handles = [m.register_forward_pre_hook(lambda *_, n=n: seen.add(n)) for n, m in self.model.named_modules()]  # type: ignore[misc]
+        handles = [m.register_forward_pre_hook(lambda *_, n=n: seen.add(n)) for n, m in self.model.named_modules()]
         first = set()
         handles.append(self.layers[0].register_forward_pre_hook(lambda *_: first.update(seen)))
         try:
@@ -144,10 +166,8 @@ class Packed:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """The model's layers and attention take packed passes while this is entered."""
-        configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
-        configs |= {id(c): c for config in list(configs.values()) for c in subconfigs(config)}
         with ExitStack() as after:
-            for config in configs.values():
+            for config in configs_of(self.model):
                 after.callback(setattr, config, "_attn_implementation", config._attn_implementation)
                 config._attn_implementation = ATTENTION
                 if getattr(config, "use_cache", False):
@@ -172,24 +192,25 @@ class Packed:
         hidden = self.hidden(groups, known)
         if self.pooled:
             return list(hidden.split(self.layout.rows))
-        parts = self.scored(hidden)
-        return [self.head(part, k) for k, (part, _) in enumerate(parts)]
+        return [self.head(scored) for scored in self.scored(hidden)]
 
-    def scored(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each group's positions that are scored, `(n, width)`, and their labels `(n,)`."""
+    def scored(self, hidden: Tensor) -> list[Scored]:
+        """Each group's positions that are scored."""
         found = []
-        for group, own in zip(self.layout.groups, hidden[0].split(self.layout.sizes), strict=True):
+        for k, (group, own) in enumerate(zip(self.layout.groups, hidden[0].split(self.layout.sizes), strict=True)):
             labels = group.targets(self.base.task == "CAUSAL_LM").to(own.device)
             where = (labels >= 0).nonzero()[:, 0]
-            found.append((own.index_select(0, where), labels[where]))
+            found.append(Scored(k, own.index_select(0, where), labels[where], where))
         return found
 
-    def head(self, hidden: Tensor, group: int) -> Tensor:
-        """The logits of some of a group's positions, `(n, width)` to `(n, classes)`."""
+    def head(self, scored: Scored) -> Tensor:
+        """The logits of positions, `(n, classes)`."""
         if not self.by_head:
-            return hidden  # they went through the head with all others
-        self._tell([len(hidden) if k == group else 0 for k in range(len(self.layout.groups))], 1, "all")
-        return self.model.get_output_embeddings()(hidden[None])[0]  # type: ignore[misc]
+            return scored.hidden  # they went through the head with all others
+        sizes = [len(scored.hidden) if k == scored.group else 0 for k in range(len(self.layout.groups))]
+        self._tell(sizes, 1, "scored")
+        self._places = scored.places
+        return self.model.get_output_embeddings()(scored.hidden[None])[0]
 
     def hidden(self, groups: Sequence[Group], known: Known | None = None) -> Tensor:
         """The pass itself: what the model gives out, or for language models what goes into their output layer."""
@@ -349,6 +370,8 @@ class Packed:
         starts = lengths.cumsum(0) - lengths if group.starts is None else group.starts
         if self._what == "rows":
             return starts + (lengths - 1 if self.reads_last else 0)
+        if self._what == "scored":
+            return ranges(starts, lengths)[self._places.to(starts.device)]
         if self._what != "all":
             came = came & (group.entry <= self._stage.layer)
         return starts[came] if self._what == "firsts" else ranges(starts[came], lengths[came])
@@ -361,15 +384,11 @@ def unknown(group: Group, layer: int, rows: Tensor) -> Tensor:
     raise AssertionError("no row of this pass enters late")
 
 
-def transformer_layers(model: nn.Module) -> Any:
+def transformer_layers(model: Any) -> Any:
     """The model's one stack of layers; () if it has none or several."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return stacks[0] if len(stacks) == 1 else ()
-
-
-def subconfigs(config: Any) -> list[Any]:
-    return [value for value in vars(config).values() if hasattr(value, "_attn_implementation")]
 
 
 def has_bert_attention(layer: Any) -> bool:
@@ -451,7 +470,7 @@ class Spread(torch.autograd.Function):
         return x.new_zeros(size, *x.shape[1:]).index_copy_(0, where, x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         (where,) = ctx.saved_tensors
         return gradient.index_select(0, where), None, None
 
@@ -466,6 +485,6 @@ class Take(torch.autograd.Function):
         return x.index_select(0, where)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         (where,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, where, gradient), None

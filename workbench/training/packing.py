@@ -10,7 +10,8 @@ import torch
 from .memory import MIB
 from .stint import Report, Stint
 
-PAYS = 0.9  # a larger pass is worth it if a trial's token takes at most this share of the time
+LONG = 0.05  # seconds of a step from which on beginning its operations is a small part of it
+PAYS = 0.9  # a larger pass is worth it if a trial's step takes at most this share of the time
 MOST = 64  # trials in one pass
 ROOM = 0.8  # share of the free memory that a pass may take
 
@@ -19,27 +20,29 @@ class Packing:
     """Finds the number of trials a pass by doubling it as long as that pays and memory lasts.
 
     On a GPU a small model waits for its kernels to be launched, and K trials take hardly longer than one. On a CPU
-    this is so only where a step has few tokens.
+    this is so only where a step has few tokens; long steps are left as they are.
 
     Attributes:
-        pace: seconds that a token of one trial took, the least so far, by the number of trials in the pass.
+        took: seconds, and steps of single trials in them, by the number of trials in the pass.
         peak: MiB that passes took, the most so far, likewise.
+        most: trials that a pass may have; fewer once memory has run out.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pace: dict[int, float] = {}
+        self.took: dict[int, tuple[float, int]] = {}
         self.peak: dict[int, float] = {}
+        self.most = MOST
 
     def observe(self, reports: Sequence[Report]) -> None:
         """Learn from the reports of one pass."""
-        whole = [report for report in reports if report.error is None and report.tokens]
+        whole = [report for report in reports if report.error is None and report.made]
         if not whole:
             return
         size = whole[0].shared
-        seconds = sum(report.costs.get("seconds/train", 0.0) for report in whole)
-        pace = seconds / sum(report.tokens for report in whole)
-        self.pace[size] = min(pace, self.pace.get(size, pace))
+        seconds, steps = self.took.get(size, (0.0, 0))
+        seconds += sum(report.costs.get("seconds/train", 0.0) for report in whole)
+        self.took[size] = seconds, steps + sum(report.made for report in whole)
         peaks = [
             v for report in whole for name, v in report.costs.items() if "peak" in name and name.endswith("/train")
         ]
@@ -48,11 +51,16 @@ class Packing:
     def size(self) -> int:
         """How many trials the next pass should have."""
         size = 1
-        while size in self.pace and 2 * size <= MOST and self._fits(size, 2 * size):
-            if 2 * size in self.pace and self.pace[2 * size] > PAYS * self.pace[size]:
+        while self._pace(size) < LONG and 2 * size <= self.most and self._fits(size, 2 * size):
+            if 2 * size in self.took and self._pace(2 * size) > PAYS * self._pace(size):
                 break
             size *= 2
         return size
+
+    def _pace(self, size: int) -> float:
+        """Seconds of a step of one trial; as long as nothing is known, no reason to try more."""
+        seconds, steps = self.took.get(size, (LONG, 1))
+        return seconds / steps
 
     def _fits(self, known: int, wanted: int) -> bool:
         return self.peak[known] * wanted / known <= ROOM * free_mib(self.device)

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .base import configs_of
+
 
 @contextmanager
 def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
@@ -20,19 +22,18 @@ def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
     Leave it after the backward pass.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
-    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    cache = getattr(text, "use_cache", None)
+    caching: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)] if on else []
     for layer in layers:
         layer.forward = functools.partial(_run, layer.forward)
-    if on and cache:
-        text.use_cache = False  # it would be filled twice
+    for config in caching:  # caches would be filled twice
+        config.use_cache = False
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
-        if on and cache:
-            text.use_cache = cache
+        for config in caching:
+            config.use_cache = True
 
 
 def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

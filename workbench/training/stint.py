@@ -44,6 +44,7 @@ class Report:
 
     Attributes:
         step: how far the trial came.
+        made: steps of this stint.
         metrics: of the validation split after the last step; {} if there was an error.
         error: why the trial cannot go on: `Diverged`, `OutOfMemory`, an `AdapterError`, or a fault of the program.
         trace: the traceback of a fault of the program.
@@ -57,6 +58,7 @@ class Report:
 
     trial: int
     step: int = 0
+    made: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
     trace: str = ""

@@ -85,6 +85,7 @@ class Trainee:
         self.entry: dict[str, Tensor] = {}
         self.rare: list[Tensor] = []
         if packed is not None and self.packed:
+            self.depth = packed.depth
             cut, tokens = self._lowest(packed)
             self.entry = {name: entries(split, cut, tokens) for name, split in rows.items()}
             seed_dropout(self.model, lambda number: functools.partial(self._mask, packed, number))
@@ -93,7 +94,7 @@ class Trainee:
         """Take the adapter off for good."""
         self.model.base_model.attach()
         self.model.delete_adapter(NAME)
-        self.base.model.requires_grad_(False)
+        self.base.model.requires_grad_(False).zero_grad()  # it may have trained biases
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -140,6 +141,7 @@ class Trainee:
         """A step was made."""
         self.step += 1
         self.report.step = self.step
+        self.report.made += 1
         self.pending = None
 
     def group(self, rows: Rows, indices: Tensor, starts: Tensor | None = None) -> Group:
@@ -147,14 +149,20 @@ class Trainee:
         virtual = None if self.encoder is None else self.encoder.prompt()[0]
         return Group(rows, indices, self.entry[rows.name][indices], virtual, starts)
 
-    def count(self, rows: Rows, batch: Tensor, depth: int) -> Tensor:
+    def count(self, rows: Rows, batch: Tensor) -> Tensor:
         """Note what a packed batch costs; where each row's tokens start among all tokens of the batch, `(rows,)`."""
         real = rows.lengths[batch]
         lengths = real + (0 if self.encoder is None else self.encoder.embedding.num_embeddings)
         self.tokens_of_batch = int(lengths.sum())
         self.report.tokens += int(real.sum())
-        self.work += float((lengths * (depth - self.entry[rows.name][batch])).sum()) + len(batch)
+        self.work += float((lengths * (self.depth - self.entry[rows.name][batch])).sum()) + len(batch)
         return lengths.cumsum(0) - lengths
+
+    def work_of(self, rows: Rows | None) -> float:
+        """Tokens times layers of a pass over a whole split. A padded pass is not shared: any number will do."""
+        if rows is None or not self.packed:
+            return 1.0
+        return float((rows.lengths * (self.depth - self.entry[rows.name])).sum()) + len(rows)
 
     def _lowest(self, packed: Packed) -> tuple[int, list[int]]:
         """The lowest layer that holds something that trains, and the tokens that do so below it."""

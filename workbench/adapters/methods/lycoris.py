@@ -70,6 +70,7 @@ class Lycoris(DeltaAdapter):
         self.alpha = pattern_value(config.alpha_pattern, path, config.alpha)
         self.scaling = self.initial_scaling = self.alpha / self.r
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        self.draws = bool(self.rank_dropout or self.module_dropout)
         self.shape = tuple(base_ops.read_weight(layer).shape)
         self.use_effective_conv2d = config.use_effective_conv2d
         self._layer = [layer]  # in a list, so that it is not a part of the adapter

@@ -37,6 +37,7 @@ class ModulesToSave(Adapter):
                 "modules_to_save",
             )
         self.modules_to_save = copy.deepcopy(module)
+        self.by_token = not any(hasattr(part, "config") for part in module.modules())  # as attention and layers have
 
     def kind(self, layer: nn.Module) -> str:
         return "ModulesToSaveWrapper"

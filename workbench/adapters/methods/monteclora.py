@@ -71,6 +71,8 @@ class MontecloraSampler(nn.Module):
 class Monteclora(Lora):
     """LoRA with a `lora_monteclora_sampler`."""
 
+    draws = True
+
     def init_factors(self, layer: base_ops.Layer, config: LoraConfig, path: str) -> None:
         super().init_factors(layer, config, path)
         assert isinstance(config.monteclora_config, MontecloraConfig)

@@ -1,0 +1,178 @@
+"""A trial in the stores: Optuna's trial and MLflow's run, written together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory
+from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun
+from workbench.training.bench import Report
+
+from .budget import RESUMES
+from .domains import Tokens
+from .space import TrialConfig, brief
+from .spec import Study
+
+PROGRESS = "progress"  # attribute of a trial: `Progress`, as of the last evaluation that was recorded
+INTERRUPTED = "stopped by Ctrl-C; the next `workbench sweep` of this study finishes it"
+
+
+@dataclass
+class Progress:
+    """How far a trial came: step, metrics of the last evaluation, costs so far, training tokens so far."""
+
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, costs: Mapping[str, float]) -> None:
+        """Costs of a further stretch: seconds add up, of peaks the highest counts."""
+        for key, value in costs.items():
+            before = self.costs.get(key, 0.0)
+            self.costs[key] = before + value if key.startswith("seconds/") else max(before, value)
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases."""
+        return sum(value for key, value in self.costs.items() if key.startswith("seconds/"))
+
+
+@dataclass
+class Books:
+    """The stores of one study, open for writing."""
+
+    study: Study
+    optuna_study: optuna.Study
+    tracking: Tracking
+    parent: StudyRun
+    data_fingerprint: str
+
+    def begin(self, trial: optuna.Trial, config: TrialConfig, progress: Progress | None = None) -> Record:
+        """The record of a trial that begins, also where an earlier try left a run behind.
+
+        Args:
+            progress: of the pruned trial that this one takes up again.
+        """
+        study, resumes = self.study, trial.user_attrs.get(RESUMES)
+        values = config.adapter | config.training
+        tags = {
+            "workbench.label": config.label,
+            "workbench.method": config.method,
+            "workbench.seed": str(study.training.seed),
+            "workbench.searched": " ".join(config.varied),
+            **({} if resumes is None else {"workbench.resumes": str(resumes)}),
+        }
+        params = {f"{config.label}.{key}": readable(value) for key, value in values.items()}
+        run = self.parent.open_trial(trial.number, params, tags)
+        self.tracking.log_dataset(run, study.name, study.data.path or study.data.train or "", self.data_fingerprint)
+        trial.set_user_attr("run_id", run.run_id)
+        return Record(self, trial, config, run, progress or Progress())
+
+    def go_on(self, trial: optuna.Trial, config: TrialConfig, progress: Progress) -> Record:
+        """The record of a trial that was cut off after that much progress."""
+        run = self.parent.reopen_trial(trial.user_attrs["run_id"])
+        return Record(self, trial, config, run, progress)
+
+
+class Record:
+    """One trial in the stores, from its beginning to its outcome."""
+
+    def __init__(self, books: Books, trial: optuna.Trial, config: TrialConfig, run: TrialRun, progress: Progress):
+        self.books, self.trial, self.config, self.run, self.progress = books, trial, config, run, progress
+        stored = books.optuna_study.get_trials(deepcopy=False)[trial.number]
+        self._reported = set(stored.intermediate_values)  # before a crash
+        self._shared = 1
+
+    def parameters(self, trainable: int, total: int) -> None:
+        """Note the numbers of parameters, once."""
+        if "trainable_params" not in self.trial.user_attrs:
+            share = 100 * trainable / total
+            self.run.summary({"trainable_params": trainable, "all_params": total, "trainable_percent": share})
+            self.trial.set_user_attr("trainable_params", trainable)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note an evaluation, in MLflow before Optuna: what Optuna knows has been recorded."""
+        self.progress.step, self.progress.metrics = step, dict(metrics)
+        self.run.log(step, {f"validation.{name}": value for name, value in metrics.items()})
+        self.run.flush()
+        if step not in self._reported:
+            self.trial.report(self.books.study.to_compare(self.progress.metrics), step)
+
+    def stint(self, report: Report, losses: Mapping[int, float], adapter: Path | None) -> None:
+        """Note what came of a stretch of training.
+
+        Args:
+            losses: the training loss by step.
+            adapter: the folder with the adapter's files, if the trial is at its last step.
+        """
+        if report.total:
+            self.parameters(report.trainable, report.total)
+        if report.shared > self._shared:
+            self._shared = report.shared
+            self.run.tag("workbench.shared", str(report.shared))
+        for step, loss in sorted(losses.items()):
+            self.run.log(step, {"train.loss": loss})
+        self.progress.add(report.costs)
+        self.progress.tokens += report.tokens
+        if report.error is None:
+            if adapter:
+                self.keep(adapter, report.adapter_bytes)
+            self.evaluated(report.step, report.metrics)
+            self.trial.set_user_attr(PROGRESS, asdict(self.progress))
+        else:
+            self.progress.step = max(report.step, self.progress.step)
+
+    def keep(self, adapter: Path, size: int) -> None:
+        """Keep the trained adapter as the run's artifact; `PeftModel.from_pretrained` of peft loads it."""
+        self.run.summary({"adapter_bytes": size, "tokens_seen": self.progress.tokens})
+        self.run.artifacts(adapter, "adapter")
+        self.trial.set_user_attr("adapter_bytes", size)
+
+    def end(self, outcome: Outcome, message: str = "", trace: str = "") -> None:
+        """Close both with the trial's outcome."""
+        progress = self.progress
+        self.run.summary(progress.costs | {"seconds/total": progress.seconds})
+        self.run.end(outcome, message, trace)
+        attributes = {
+            "outcome": outcome,
+            "message": message,
+            "metrics": progress.metrics,
+            "seconds": progress.seconds,
+            "steps": progress.step,
+        }
+        for key, value in attributes.items():
+            self.trial.set_user_attr(key, value)
+        tell = self.books.optuna_study.tell
+        if outcome == "complete":
+            tell(self.trial, self.objective)
+        else:
+            tell(self.trial, state=TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL)
+
+    @property
+    def objective(self) -> float | None:
+        """The study's metric at the last evaluation."""
+        return self.progress.metrics.get(self.books.study.objective.metric)
+
+
+def outcome(error: Exception) -> Outcome:
+    """What becomes of a trial that ended with this error."""
+    match error:
+        case Diverged():
+            return "diverged"
+        case OutOfMemory():
+            return "out_of_memory"
+        case AdapterError() | DataError():
+            return "infeasible"
+    return "failed"
+
+
+def readable(value: Any) -> Any:
+    """A hyperparameter as a param of MLflow: as it is, but for lists and tokens, which are spelt out."""
+    return brief(value) if isinstance(value, Tokens | list) else value

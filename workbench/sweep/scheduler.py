@@ -1,0 +1,272 @@
+"""Many trials at once: each trains stretch by stretch, losers leave early, new ones enter.
+
+A round brings trials to the next step at which something is decided; then whoever loses leaves, and new trials are
+asked for. Nothing is decided or drawn within a round, so that what a study finds does not depend on which worker was
+faster, nor on how many there are. All that a round needs is in the stores: after a crash it is finished first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from workbench.errors import StorageError
+from workbench.tracking.runs import Outcome
+from workbench.training.bench import Report
+
+from .budget import RESUMES, Clock, counted, spent
+from .checkpoints import Checkpoints
+from .display import Display
+from .interrupt import Interrupt
+from .pool import Crew
+from .record import INTERRUPTED, PROGRESS, Books, Progress, Record, outcome
+from .space import HALVING, decisions, in_flight, sampler, suggest
+from .spec import Study
+from .workshop import Job, Workshop
+
+ROUND = "round"  # attribute of a study: to which step each trial of the round trains
+
+
+@dataclass
+class Live:
+    """A trial that has not ended.
+
+    Attributes:
+        resumes: the pruned trial that it takes up again; the pruner leaves it alone.
+        losses: by step, of the stretch that it trains now.
+        goal: the step to which it trains in this round.
+        begun: whether it has trained in this round.
+        busy: whether it is training now.
+    """
+
+    record: Record
+    resumes: int | None
+    losses: dict[int, float] = field(default_factory=dict)
+    goal: int = 0
+    begun: bool = False
+    busy: bool = False
+
+    @property
+    def number(self) -> int:
+        return self.record.trial.number
+
+    @property
+    def step(self) -> int:
+        return self.record.progress.step
+
+
+class Scheduler:
+    """Runs the trials of a study until its budget is spent."""
+
+    def __init__(
+        self,
+        books: Books,
+        shop: Workshop,
+        crew: Crew,
+        checkpoints: Checkpoints,
+        clock: Clock,
+        display: Display,
+        interrupt: Interrupt,
+    ):
+        self.books, self.study, self.optuna_study = books, books.study, books.optuna_study
+        self.shop, self.crew, self.checkpoints = shop, crew, checkpoints
+        self.clock, self.display, self.interrupt = clock, display, interrupt
+        self.live: dict[int, Live] = {}
+        self._pace: dict[int | str, float] = {}  # seconds a step, of a trial and of its label
+
+    def run(self, pruned: Sequence[int] = ()) -> None:
+        """Train until the budget is spent and every trial has ended.
+
+        Args:
+            pruned: numbers of pruned trials to take up again, see `check_pruned`.
+        """
+        try:
+            with self.crew:
+                self._enter_cut_off()
+                for number in pruned:
+                    self._take_up(number)
+                goals = {int(number): step for number, step in self.optuna_study.user_attrs.get(ROUND, {}).items()}
+                while True:
+                    self._train(goals)
+                    self._prune()
+                    self.clock.save()
+                    self._fill()
+                    if not self.live:
+                        return
+                    goals = self._goals()
+                    self.optuna_study.set_user_attr(ROUND, goals)
+        except KeyboardInterrupt:
+            for live in self.live.values():
+                live.record.run.end("interrupted", INTERRUPTED)
+            self.clock.save()
+            raise
+
+    # ---------------------------------------------------------------- who takes part
+
+    def _enter_cut_off(self) -> None:
+        """Trials that an earlier sweep left running."""
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                self.optuna_study.sampler = sampler(self.study, len(counted(trials[: trial.number])))
+                self._enter(optuna.Trial(self.optuna_study, trial._trial_id))
+
+    def _take_up(self, number: int) -> None:
+        """Go on with a pruned trial, as a new one: Optuna's trials end once."""
+        pruned = self.optuna_study.get_trials(deepcopy=False)[number]
+        step = pruned.user_attrs[PROGRESS]["step"]
+        attributes = {RESUMES: number, PROGRESS: {"step": step}}
+        self.optuna_study.enqueue_trial(pruned.params, user_attrs=attributes)
+        trial = self.optuna_study.ask()
+        shutil.copyfile(self.checkpoints.at(number, step), self.checkpoints.at(trial.number, step))
+        self._enter(trial)
+
+    def _fill(self) -> None:
+        """New trials, as many as may be live and the budget allows."""
+        while sum(live.resumes is None for live in self.live.values()) < in_flight(self.study):
+            self.interrupt.check()
+            trials = self.optuna_study.get_trials(deepcopy=False)
+            if spent(self.study, trials, self.clock.seconds):
+                return
+            # the sampler starts anew for each, so that what is drawn depends on the trials before, not on restarts
+            self.optuna_study.sampler = sampler(self.study, len(counted(trials)))
+            self._enter(self.optuna_study.ask())
+
+    def _enter(self, trial: optuna.Trial) -> None:
+        """Let a trial take part from where its checkpoint is, or from the start."""
+        config = suggest(trial, self.study)
+        attributes = trial.user_attrs
+        progress = Progress(**attributes.get(PROGRESS, {}))
+        if not self.checkpoints.at(trial.number, progress.step).exists():
+            progress = Progress()
+        self.checkpoints.keep_only(trial.number, progress.step)
+        if progress.step and "run_id" in attributes:
+            record = self.books.go_on(trial, config, progress)
+        else:
+            record = self.books.begin(trial, config, progress)
+        live = self.live[trial.number] = Live(record, attributes.get(RESUMES))
+        self.display.trial(trial.number, config, progress.step, live.resumes)
+        if progress.step == self.study.training.steps:  # all but the outcome was recorded
+            self._end(live, "complete")
+
+    # ---------------------------------------------------------------- a round
+
+    def _goals(self) -> dict[int, int]:
+        """Who trains in this round, and until when. In halving those who are furthest behind, so that whoever waits at
+        a rung is compared with all that come to it."""
+        racing = [live for live in self.live.values() if live.resumes is None]
+        if self.study.search.pruner in HALVING:
+            racing = [live for live in racing if live.step == min(other.step for other in racing)]
+        goals = {live.number: min(s for s in decisions(self.study) if s > live.step) for live in racing}
+        rest = [live.number for live in self.live.values() if live.resumes is not None]
+        return goals | dict.fromkeys(rest, self.study.training.steps)
+
+    def _train(self, goals: dict[int, int]) -> None:
+        """Bring every trial to its goal."""
+        for live in self.live.values():
+            live.goal, live.begun = goals.get(live.number, 0), False
+        self.crew.work(self._next_pass, self._on_step, self._on_reports)
+
+    def _next_pass(self) -> list[Job]:
+        """Who trains next, in one pass: whoever has begun, then whoever will take longest."""
+        waiting = [live for live in self.live.values() if live.step < live.goal and not live.busy]
+        if not waiting:
+            return []
+        passes = self.shop.passes([self._job(live) for live in waiting])
+
+        def urgency(jobs: list[Job]) -> tuple[bool, float]:
+            lives = [self.live[job.trial] for job in jobs]
+            return any(live.begun for live in lives), sum(self._seconds(live) for live in lives)
+
+        jobs = max(passes, key=urgency)
+        for job in jobs:
+            self.live[job.trial].begun = self.live[job.trial].busy = True
+        return jobs
+
+    def _prune(self) -> None:
+        """Losers leave. All are judged before the first one does."""
+        racing = [live for live in self.live.values() if live.resumes is None]
+        for live in [live for live in racing if live.record.trial.should_prune()]:
+            self._end(live, "pruned", f"worse than others at step {live.step}")
+
+    def _job(self, live: Live) -> Job:
+        """A trial's next stretch: to its next evaluation."""
+        number, step, until = live.number, live.step, min(s for s in self.study.training.eval_steps if s > live.step)
+        return Job(
+            trial=number,
+            order=number if live.resumes is None else live.resumes,
+            config=live.record.config,
+            begin=self.checkpoints.at(number, step) if step else None,
+            end=self.checkpoints.at(number, until),
+            until=until,
+            adapter=self.checkpoints.adapter(number) if until == self.study.training.steps else None,
+        )
+
+    def _seconds(self, live: Live) -> float:
+        """How long a trial will take to its goal, as far as one can tell."""
+        unknown = max(self._pace.values(), default=1.0)
+        pace = self._pace.get(live.number, self._pace.get(live.record.config.label, unknown))
+        return pace * (live.goal - live.step)
+
+    def _on_step(self, number: int, step: int, loss: float) -> None:
+        self.interrupt.check()
+        self.live[number].losses[step] = loss
+        self.display.step(number, step, loss)
+
+    def _on_reports(self, reports: Sequence[Report]) -> None:
+        """Record what came of a pass."""
+        self.shop.bench.packing.observe(reports)
+        for report in reports:
+            live = self.live[report.trial]
+            at_end = report.step == self.study.training.steps
+            live.record.stint(report, live.losses, self.checkpoints.adapter(live.number) if at_end else None)
+            live.losses.clear()
+            live.busy = False
+            if report.error:
+                self._end(live, outcome(report.error), str(report.error), report.trace)
+                continue
+            self.display.evaluated(live.number, live.step, report.metrics)
+            if at_end:
+                self._end(live, "complete")
+                continue
+            self.checkpoints.keep_only(live.number, live.step)
+            seconds = report.costs.get("seconds/train", 0.0) / report.made
+            self._pace |= {live.number: seconds, live.record.config.label: seconds}
+
+    # ---------------------------------------------------------------- who leaves
+
+    def _end(self, live: Live, how: Outcome, message: str = "", trace: str = "") -> None:
+        """A trial ends with an outcome. Of pruned ones the checkpoint stays, so that they can be taken up again."""
+        record = live.record
+        record.end(how, message, trace)
+        self.checkpoints.keep_only(live.number, live.step if how == "pruned" else None)
+        self.display.finished(live.number, how, message, record.objective, record.progress.seconds)
+        del self.live[live.number]
+
+
+def check_pruned(study: Study, home: Path, known: optuna.Study | None, number: int) -> None:
+    """Refuse to take up a trial that was not pruned, or whose checkpoint is gone.
+
+    Args:
+        known: what the store holds of the study.
+
+    Raises:
+        StorageError: says which it is.
+    """
+    trials = known.get_trials(deepcopy=False) if known else []
+    if known is None or not 0 <= number < len(trials):
+        raise StorageError(f"The study {study.name!r} has no trial {number} to take up again; it has {len(trials)}.")
+    trial, refusal = trials[number], f"Trial {number} cannot be taken up again:"
+    if trial.state != TrialState.PRUNED:
+        raise StorageError(f"{refusal} it is {trial.user_attrs.get('outcome', 'running')}, not pruned.")
+    for other in trials:
+        if other.user_attrs.get(RESUMES) == number:
+            raise StorageError(f"{refusal} that was done, as trial {other.number}.")
+    file = Checkpoints(home, known).at(number, trial.user_attrs.get(PROGRESS, {}).get("step", 0))
+    if not file.exists():
+        raise StorageError(f"{refusal} there is no checkpoint {file}. (Trials of `--solo` have none.)")

@@ -1,0 +1,204 @@
+"""What the trials of a study share, and how one of them is trained with it."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from workbench.adapters import PeftConfig
+from workbench.errors import AdapterError, DataError, TrialError, TrialFailed, WorkbenchError
+from workbench.training.base import Base
+from workbench.training.bench import Bench, OnStep, Report, Stint
+from workbench.training.config import TrainingSection
+from workbench.training.data import RawData, TaskData, tokenize
+from workbench.training.halved import Difference, halve
+from workbench.training.memory import out_of_memory, says_no_memory
+from workbench.training.tokens import resolve
+
+from .configure import peft_config
+from .domains import Tokens
+from .space import TrialConfig
+from .spec import Study
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial's next stretch of training, in words that a worker makes a `Stint` of.
+
+    Attributes:
+        trial: its number.
+        order: the number of the trial whose order of the data it has; its own, unless it takes another one up again.
+        config: its hyperparameters.
+        begin: the checkpoint that it goes on from; None for a trial that begins.
+        end: the file for its next checkpoint. The one it goes on from stays as it is.
+        until: the last step of the stretch.
+        adapter: a folder for the adapter's files, at the trial's last step.
+    """
+
+    trial: int
+    order: int
+    config: TrialConfig
+    begin: Path | None
+    end: Path
+    until: int
+    adapter: Path | None
+
+
+@dataclass
+class Workshop:
+    """What the trials of a study share: the base model, and the data, tokenised once for each vocabulary.
+
+    Attributes:
+        cache: a folder for tokenised data and activations.
+        tokenised: data by new tokens.
+        resolved: ids by what the study says.
+        shared_costs: seconds of work that belongs to no trial.
+        difference: what half precision changed in the base's answers, where the study asks for it.
+    """
+
+    study: Study
+    base: Base
+    raw: RawData
+    cache: Path
+    tokenised: dict[tuple[str, ...], TaskData] = field(default_factory=dict)
+    resolved: dict[Tokens, list[int]] = field(default_factory=dict)
+    shared_costs: dict[str, float] = field(default_factory=dict)
+    difference: Difference | None = None
+
+    def halve(self) -> None:
+        """Turn the base's weights into bfloat16."""
+        self.base, self.difference = halve(self.base, self.data(()).validation)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results must know."""
+        dropout = "on" if self.study.training.base_dropout else "off (evaluation mode)"
+        notes = [*self.data(()).notes, f"the base model is frozen; its own dropout is {dropout}"]
+        if self.difference:
+            notes.append(
+                f"its weights are in bfloat16: logits differ by up to {self.difference.logits:.1%} of the largest, "
+                f"{self.difference.agreement:.1%} of the answers are the same (on rows of validation)"
+            )
+        return notes
+
+    def data(self, new_tokens: tuple[str, ...], base: Base | None = None) -> TaskData:
+        """The tokenised data, for the base's own vocabulary or one with new tokens."""
+        if new_tokens not in self.tokenised:
+            self.tokenised[new_tokens] = tokenize(self.raw, (base or self.base).tokenizer, self.cache)
+        return self.tokenised[new_tokens]
+
+    @contextmanager
+    def lend(self, new_tokens: tuple[str, ...]) -> Iterator[tuple[Base, TaskData]]:
+        """The base and the data with a vocabulary of its own."""
+        with self.base.vocabulary(new_tokens) as base:
+            yield base, self.data(new_tokens, base)
+
+    def peft_config(self, config: TrialConfig, base: Base, data: TaskData) -> PeftConfig:
+        """The configuration of a trial's adapter.
+
+        Raises:
+            DataError: the tokens to train are not in the vocabulary, or too few.
+            ConfigError: the method refuses the combination of values.
+        """
+        fields = {
+            key: self._resolve(value, base, data) if isinstance(value, Tokens) else value
+            for key, value in config.adapter.items()
+        }
+        return peft_config(config.method, base.task, fields, self.study.training.steps)
+
+    def _resolve(self, tokens: Tokens, base: Base, data: TaskData) -> list[int]:
+        if tokens not in self.resolved:
+            self.resolved[tokens] = resolve(tokens, base.tokenizer, data.train)
+        return list(self.resolved[tokens])
+
+    def settings(self, config: TrialConfig) -> TrainingSection:
+        """How a trial trains."""
+        return self.study.training.model_copy(update=config.training)
+
+    def order_seed(self, number: int) -> int:
+        """Seeds the order of a trial's data."""
+        training = self.study.training
+        return training.seed if training.data_order == "shared" else training.seed + 1 + number
+
+    # ---------------------------------------------------------------- stints
+
+    @cached_property
+    def bench(self) -> Bench:
+        """The bench of all trials that add nothing to the vocabulary."""
+        return self._bench(self.base, self.data(()))
+
+    def _bench(self, base: Base, data: TaskData) -> Bench:
+        return Bench(base, data, self.cache, self.study.training.cache_gib)
+
+    def passes(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """The jobs in groups that train in one pass each. Trials with new tokens train alone: the model grows."""
+        alone = [[job] for job in jobs if job.config.new_tokens]
+        together: list[Job] = []
+        stints = []
+        for job in jobs:
+            if job.config.new_tokens:
+                continue
+            try:
+                stints.append(self.stint(job, self.base, self.data(())))
+                together.append(job)
+            except Exception:
+                alone.append([job])  # fails in its turn, with a message
+        known = {job.trial: job for job in together}
+        return alone + [[known[stint.trial] for stint in stints] for stints in self.bench.suggest(stints)]
+
+    def stint(self, job: Job, base: Base, data: TaskData) -> Stint:
+        """A job as the bench knows it."""
+        settings = self.settings(job.config)
+        return Stint(
+            trial=job.trial,
+            config=self.peft_config(job.config, base, data),
+            settings=settings,
+            seed=settings.seed,
+            order_seed=self.order_seed(job.order),
+            checkpoint=job.end,
+            until=job.until,
+            adapter=job.adapter,
+        )
+
+    def train(self, jobs: Sequence[Job], on_step: OnStep) -> list[Report]:
+        """Train the jobs of one pass. Whatever becomes of a trial is in its report; only Ctrl-C comes out."""
+        new_tokens = jobs[0].config.new_tokens
+        try:
+            with self.lend(new_tokens) as (base, data):
+                bench = self._bench(base, data) if new_tokens else self.bench
+                for job in jobs:
+                    prepare(job)
+                reports = bench.train([self.stint(job, base, data) for job in jobs], on_step)
+                for key, seconds in bench.shared_costs.items():
+                    self.shared_costs[key] = self.shared_costs.get(key, 0.0) + seconds
+                bench.shared_costs.clear()
+                for job in jobs:
+                    if job.adapter and new_tokens:
+                        base.tokenizer.save_pretrained(job.adapter)
+        except Exception as error:  # a bug in a method or in this program ends one trial, not a night's sweep
+            if len(jobs) > 1:
+                return [report for job in jobs for report in self.train([job], on_step)]
+            reports = [Report(jobs[0].trial, error=error, trace=traceback.format_exc())]
+        for report in reports:
+            report.error = report.error and as_failure(report.error)
+        return reports
+
+
+def prepare(job: Job) -> None:
+    """Let the job's checkpoint be what it goes on from."""
+    if job.begin is None:
+        job.end.unlink(missing_ok=True)
+    else:
+        shutil.copyfile(job.begin, job.end)
+
+
+def as_failure(error: Exception) -> WorkbenchError:
+    """Any exception of a trial as one that says what became of it, and that can be sent to another process."""
+    if isinstance(error, AdapterError | DataError | TrialError):
+        return error
+    return out_of_memory(error) if says_no_memory(error) else TrialFailed(f"{type(error).__name__}: {error}")
