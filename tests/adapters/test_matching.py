@@ -278,3 +278,15 @@ def test_merging_into_a_tied_weight(options: dict[str, Any], warns: bool, recwar
     model = adapters.get_peft_model(models.llama_tied(), adapters.LoraConfig(target_modules=["lm_head"], **options))
     model.merge_and_unload()
     assert any("untie the weights" in str(warning.message) for warning in recwarn) is warns
+
+
+@quiet
+def test_an_adapter_on_no_layer_trains_the_head_alone() -> None:
+    options = {"target_modules": "dummy-target-modules", "task_type": "SEQ_CLS"}
+    ours, theirs = wrap(models.bert_classifier, **options)
+    trained = [[name for name, p in model.named_parameters() if p.requires_grad] for model in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert trained[0]
+    assert all("classifier" in name for name in trained[0])
+    saved = [library.get_peft_model_state_dict(model) for library, model in ((adapters, ours), (peft, theirs))]
+    assert sorted(saved[0]) == sorted(saved[1])

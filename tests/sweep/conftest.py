@@ -165,6 +165,13 @@ class Lab:
             for run in self.trials
         ]
 
+    @staticmethod
+    def check_alike(results: list[tuple], others: list[tuple]) -> None:
+        """The same results, but for the last digits, which depend on the process and on what shared a pass."""
+        for (number, params, *curves), (other_number, other_params, *other_curves) in zip(results, others, strict=True):
+            assert (number, params) == (other_number, other_params)
+            assert curves == [pytest.approx(curve, abs=1e-6) for curve in other_curves]
+
 
 @pytest.fixture(scope="session")
 def new_lab(tiny_bert: Path, reviews: Path, empty_stores: Path) -> Callable[[Path], Lab]:

@@ -6,13 +6,18 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
+from workbench.errors import WorkbenchError
 from workbench.sweep.halving import Halving, rungs
+from workbench.sweep.interrupt import Interrupt
+from workbench.sweep.pool import Pool, crew
 from workbench.sweep.scheduler import Scheduler
 from workbench.sweep.workshop import Job, Workshop
 from workbench.training.bench import Report
@@ -214,7 +219,22 @@ def test_a_budget_of_steps_counts_what_live_trials_will_make(lab):
     assert len(lab.study.trials) == 4  # nine steps each
 
 
-# -------------------------------------------------------------------- workers that die
+# -------------------------------------------------------------------- workers
+
+
+def test_who_trains(monkeypatch: pytest.MonkeyPatch):
+    """One worker a core on the CPU, but not more than there are trials; elsewhere this process."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+
+    def size(device: str, workers: int | None, trials: int) -> int:
+        shop: Any = SimpleNamespace(base=SimpleNamespace(device=torch.device(device)))
+        found = crew(shop, Interrupt(), workers, trials)
+        return found._size if isinstance(found, Pool) else 1
+
+    assert [size("cpu", None, 9), size("cpu", None, 3), size("cpu", None, 1)] == [4, 3, 1]
+    assert [size("cpu", 6, 9), size("cpu", 1, 9), size("cuda", None, 9)] == [6, 1, 1]
+    with pytest.raises(WorkbenchError, match="--workers 2: several workers need Linux, and a study on the CPU"):
+        size("cuda", 2, 9)
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -159,9 +159,9 @@ def places(
     known_places: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str], Any]]:
     """Gives a `Place` by its kind, the same to all tests; after each the base must be as it was."""
-    from .places import State, make_place  # which need this file
-
     from workbench.training import bench
+
+    from .places import State, make_place  # which need this file
 
     monkeypatch.setattr(bench, "release", lambda device: None)  # takes longer than a tiny model trains
     used: dict[str, State] = {}

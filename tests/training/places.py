@@ -1,5 +1,5 @@
-"""Tiny base models of many architectures with data, made in memory, and how a trial fares on them: by the plain loop, and
-on the bench."""
+"""Tiny base models of many architectures with data, made in memory, and how a trial fares on them: by the plain loop
+and on the bench."""
 
 from __future__ import annotations
 

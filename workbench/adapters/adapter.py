@@ -22,10 +22,12 @@ class Part(nn.Module):
     Attributes:
         prefix: what stands between the module's path and the parameter's name in a checkpoint key.
         upcast: whether half-precision parameters are kept in float32 (`autocast_adapter_dtype`).
+        draws: whether it draws random numbers in training, beside the masks of its dropout layers.
     """
 
     prefix: str = ""
     upcast: ClassVar[bool] = True
+    draws: bool = False
 
     def slots(self) -> dict[str, Slot]:
         """Where each tensor of a checkpoint lives, by its name in the checkpoint without the module's path."""
@@ -69,7 +71,6 @@ class Adapter(Part):
         compute_dtype: of the products with what trains, where this is kept in higher precision than they need; None:
             its own dtype.
         by_token: whether what it does at a token, and learns from it, depends on no other token.
-        draws: whether it draws random numbers in training, beside the masks of its dropout layers.
         base_weight: the canonical weight that is left to the base layer, for an adapter that takes a part of it into
             itself; None for others, and once the adapter is on a layer. The layer gets its own back afterwards.
         own_weights: gives the canonical weight and the bias of the layer itself, even while adapters are merged into
@@ -88,7 +89,6 @@ class Adapter(Part):
     by_row: ClassVar[bool] = True
     compute_dtype: torch.dtype | None = None
     by_token: bool = True
-    draws: bool = False
     base_weight: Tensor | None = None
     own_weights: Callable[[], tuple[Tensor, Tensor | None]]
     beside: Callable[[], dict[str, Adapter]]

@@ -32,8 +32,6 @@ def obstacle(model: PeftModel) -> str | None:
     changed = [path for path, layer in tuner.layers_of(name) if layer.holds_part or layer.merged]
     if changed:
         return f"it has changed the base model's weight at {changed[0]}"
-    if any(layer.adapter(name).draws for _, layer in tuner.layers_of(name)):
-        return "it draws random numbers, which would depend on its neighbours"
     return None if by_token(model) else "it looks beyond single tokens"
 
 

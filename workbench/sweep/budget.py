@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from .space import combinations
 from .spec import Study
 
+PROGRESS = "progress"  # attribute of a trial: how far it came, as of the last evaluation that was recorded
 RESUMES = "resumes"  # attribute of a trial that takes a pruned one up again, which the budget has paid for
 SECONDS = "seconds"  # attribute of a study: how long its sweeps took
 
@@ -38,7 +39,7 @@ def spent(study: Study, trials: Sequence[FrozenTrial], seconds: float) -> bool:
 
 def steps(study: Study, trial: FrozenTrial) -> int:
     """The steps that a trial made, or will make."""
-    return trial.user_attrs.get("steps", 0) if trial.state.is_finished() else study.training.steps
+    return trial.user_attrs.get(PROGRESS, {}).get("step", 0) if trial.state.is_finished() else study.training.steps
 
 
 def words(study: Study) -> str:

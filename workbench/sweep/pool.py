@@ -7,7 +7,6 @@ steps and reports; whoever started them asks Optuna, writes the stores and shows
 from __future__ import annotations
 
 import ctypes
-import gc
 import multiprocessing
 import os
 import signal
@@ -161,9 +160,7 @@ class Worker:
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(shop, theirs, os.getpid()), daemon=True)
-        gc.freeze()  # the child's collections then leave the pages that it shares with this process as they are
         self._process.start()
-        gc.unfreeze()
         theirs.close()
 
     def give(self, jobs: list[Job]) -> None:
@@ -181,11 +178,11 @@ class Worker:
 
 def serve(shop: Workshop, connection: Connection, parent: int) -> None:
     """A worker's life. A message is `(steps, reports, shared costs)`; reports are None as long as the pass goes on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent stops its workers
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would hear what an orphan has to say
     if os.getppid() != parent:
         return
     torch.set_num_threads(1)  # before anything else: a thread pool of the parent does not live here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent stops its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # the parent's may hold a lock for its progress bars
     while True:

@@ -14,12 +14,12 @@ from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun
 from workbench.training.bench import Report
 
-from .budget import RESUMES
+from .budget import PROGRESS, RESUMES
 from .domains import Tokens
 from .space import TrialConfig, brief
 from .spec import Study
 
-PROGRESS = "progress"  # attribute of a trial: `Progress`, as of the last evaluation that was recorded
+OUTCOME = "outcome"  # attribute of a trial
 INTERRUPTED = "stopped by Ctrl-C; the next `workbench sweep` of this study finishes it"
 
 
@@ -78,24 +78,31 @@ class Books:
     def go_on(self, trial: optuna.Trial, config: TrialConfig, progress: Progress) -> Record:
         """The record of a trial that was cut off after that much progress."""
         run = self.parent.reopen_trial(trial.user_attrs["run_id"])
-        return Record(self, trial, config, run, progress)
+        record = Record(self, trial, config, run, progress)
+        record.counted = True
+        return record
 
 
 class Record:
-    """One trial in the stores, from its beginning to its outcome."""
+    """One trial in the stores, from its beginning to its outcome.
+
+    Attributes:
+        counted: whether the numbers of parameters are noted.
+    """
 
     def __init__(self, books: Books, trial: optuna.Trial, config: TrialConfig, run: TrialRun, progress: Progress):
         self.books, self.trial, self.config, self.run, self.progress = books, trial, config, run, progress
         stored = books.optuna_study.get_trials(deepcopy=False)[trial.number]
         self._reported = set(stored.intermediate_values)  # before a crash
+        self.counted = False
         self._shared = 1
+        self._saved: dict[str, Any] = {}
 
     def parameters(self, trainable: int, total: int) -> None:
-        """Note the numbers of parameters, once."""
-        if "trainable_params" not in self.trial.user_attrs:
-            share = 100 * trainable / total
-            self.run.summary({"trainable_params": trainable, "all_params": total, "trainable_percent": share})
-            self.trial.set_user_attr("trainable_params", trainable)
+        """Note the numbers of parameters."""
+        share = 100 * trainable / total
+        self.run.log(0, {"trainable_params": trainable, "all_params": total, "trainable_percent": share})
+        self.counted = True
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note an evaluation, in MLflow before Optuna: what Optuna knows has been recorded."""
@@ -112,7 +119,7 @@ class Record:
             losses: the training loss by step.
             adapter: the folder with the adapter's files, if the trial is at its last step.
         """
-        if report.total:
+        if report.total and not self.counted:
             self.parameters(report.trainable, report.total)
         if report.shared > self._shared:
             self._shared = report.shared
@@ -125,35 +132,31 @@ class Record:
             if adapter:
                 self.keep(adapter, report.adapter_bytes)
             self.evaluated(report.step, report.metrics)
-            self.trial.set_user_attr(PROGRESS, asdict(self.progress))
+            self._save()
         else:
             self.progress.step = max(report.step, self.progress.step)
 
     def keep(self, adapter: Path, size: int) -> None:
         """Keep the trained adapter as the run's artifact; `PeftModel.from_pretrained` of peft loads it."""
-        self.run.summary({"adapter_bytes": size, "tokens_seen": self.progress.tokens})
+        self.run.log(0, {"adapter_bytes": size, "tokens_seen": self.progress.tokens})
         self.run.artifacts(adapter, "adapter")
-        self.trial.set_user_attr("adapter_bytes", size)
 
     def end(self, outcome: Outcome, message: str = "", trace: str = "") -> None:
         """Close both with the trial's outcome."""
-        progress = self.progress
-        self.run.summary(progress.costs | {"seconds/total": progress.seconds})
+        self.run.log(0, self.progress.costs | {"seconds/total": self.progress.seconds})
         self.run.end(outcome, message, trace)
-        attributes = {
-            "outcome": outcome,
-            "message": message,
-            "metrics": progress.metrics,
-            "seconds": progress.seconds,
-            "steps": progress.step,
-        }
-        for key, value in attributes.items():
-            self.trial.set_user_attr(key, value)
+        self._save()
+        self.trial.set_user_attr(OUTCOME, outcome)
         tell = self.books.optuna_study.tell
         if outcome == "complete":
             tell(self.trial, self.objective)
         else:
             tell(self.trial, state=TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL)
+
+    def _save(self) -> None:
+        if (progress := asdict(self.progress)) != self._saved:  # each write to Optuna takes milliseconds
+            self.trial.set_user_attr(PROGRESS, progress)
+            self._saved = progress
 
     @property
     def objective(self) -> float | None:

@@ -79,6 +79,7 @@ def sweep(
             shop.data(())  # tokenised once, here, with the loading and not with the first trial
             if study.training.precision == "bf16":
                 shop.halve()
+        team = crew(shop, interrupt, workers, in_flight(study))
         preflight(study, shop.base, shop.data(()).train)
 
         with display.waiting("opening the stores"):
@@ -93,7 +94,6 @@ def sweep(
             if alone:
                 solo.run(books, shop, clock, display, interrupt)
             else:
-                team = crew(shop, interrupt, workers, in_flight(study))
                 checkpoints = Checkpoints(stores.home, optuna_study)
                 Scheduler(books, shop, team, checkpoints, clock, display, interrupt).run(pruned)
             names = {key: f"seconds/shared_{key.removeprefix('seconds/')}" for key in shop.shared_costs}

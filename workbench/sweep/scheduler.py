@@ -19,12 +19,12 @@ from workbench.errors import StorageError
 from workbench.tracking.runs import Outcome
 from workbench.training.bench import Report
 
-from .budget import RESUMES, Clock, counted, spent
+from .budget import PROGRESS, RESUMES, Clock, counted, spent
 from .checkpoints import Checkpoints
 from .display import Display
 from .interrupt import Interrupt
 from .pool import Crew
-from .record import INTERRUPTED, PROGRESS, Books, Progress, Record, outcome
+from .record import INTERRUPTED, OUTCOME, Books, Progress, Record, outcome
 from .space import HALVING, decisions, in_flight, sampler, suggest
 from .spec import Study
 from .workshop import Job, Workshop
@@ -263,7 +263,7 @@ def check_pruned(study: Study, home: Path, known: optuna.Study | None, number: i
         raise StorageError(f"The study {study.name!r} has no trial {number} to take up again; it has {len(trials)}.")
     trial, refusal = trials[number], f"Trial {number} cannot be taken up again:"
     if trial.state != TrialState.PRUNED:
-        raise StorageError(f"{refusal} it is {trial.user_attrs.get('outcome', 'running')}, not pruned.")
+        raise StorageError(f"{refusal} it is {trial.user_attrs.get(OUTCOME, 'running')}, not pruned.")
     for other in trials:
         if other.user_attrs.get(RESUMES) == number:
             raise StorageError(f"{refusal} that was done, as trial {other.number}.")

@@ -274,8 +274,8 @@ class StudyRun(Run):
         with storage_errors(self._client.tracking_uri):
             for earlier in _find_runs(self._client, self._experiment_id, known):
                 self._client.delete_run(earlier.info.run_id)
-            run = self._client.create_run(self._experiment_id, tags=known, run_name=f"trial {number}")
-            _describe(self._client, run, params, tags)
+            run = self._client.create_run(self._experiment_id, tags={**known, **tags}, run_name=f"trial {number}")
+            _describe(self._client, run, params, {})
         return TrialRun(self._client, run.info.run_id)
 
     def reopen_trial(self, run_id: str) -> TrialRun:
@@ -360,7 +360,8 @@ def _describe(client: MlflowClient, run: StoredRun, params: Mapping[str, Any], t
         new.append(Param(key, value))
     for start in range(0, len(new), MAX_PARAMS):
         client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
-    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+    if tags:
+        client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
 
 def _clean(key: str) -> str:

@@ -203,7 +203,8 @@ class Bench:
         batches = [trainee.batch() for trainee in live]
         for trainee in live:
             trainee.zero_grad()
-        torch.manual_seed(hash((live[0].stint.seed, live[0].step)) & (2**63 - 1))  # of what has no seed of its own
+        if live[0].draws:  # and is alone; this takes as long as a layer
+            torch.manual_seed(hash((live[0].stint.seed, live[0].step)) & (2**63 - 1))
         losses = self._packed_losses(live, batches) if live[0].packed else [self._padded_loss(live[0], batches[0])]
         norms = optimizer_step([trainee.optimizer for trainee in live])
         for trainee, loss, norm in zip(live, losses, norms, strict=True):
@@ -371,7 +372,7 @@ def extremes(rows: Rows) -> Group:
 
 def sharing(trainees: Sequence[Trainee]) -> list[list[Trainee]]:
     """Trials that can share a pass, and each of the others alone."""
-    able = [trainee for trainee in trainees if trainee.packed and obstacle(trainee.model) is None]
+    able = [t for t in trainees if t.packed and not t.draws and obstacle(t.model) is None]
     return [*([able] if able else []), *([trainee] for trainee in trainees if trainee not in able)]
 
 

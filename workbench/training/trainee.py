@@ -46,6 +46,7 @@ class Trainee:
         work: tokens times layers that this stint went through.
         place: which group of a pass is this trial's.
         tokens_of_batch: tokens of the batch at work, virtual ones included.
+        draws: steps draw from torch's own random numbers.
         rare: parameters that a batch may not meet, since rows enter above them.
     """
 
@@ -89,6 +90,7 @@ class Trainee:
             cut, tokens = self._lowest(packed)
             self.entry = {name: entries(split, cut, tokens) for name, split in rows.items()}
             seed_dropout(self.model, lambda number: functools.partial(self._mask, packed, number))
+        self.draws = not self.packed or any(part.draws for _, part in self.model.base_model.parts(NAME))
 
     def remove(self) -> None:
         """Take the adapter off for good."""

@@ -71,6 +71,7 @@ class PromptEncoder(VirtualTokens):
                 bidirectional=True,
                 batch_first=True,
             )
+            self.draws = self.lstm_head.dropout > 0
             sizes = [2 * hidden, 2 * hidden, width]
         else:
             sizes = [width, hidden, hidden, width]
