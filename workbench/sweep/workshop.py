@@ -79,6 +79,8 @@ class Workshop:
         """What a reader of the results must know."""
         dropout = "on" if self.study.training.base_dropout else "off (evaluation mode)"
         notes = [*self.data(()).notes, f"the base model is frozen; its own dropout is {dropout}"]
+        if self.bench.fault and not self.study.training.base_dropout:
+            notes.append(f"batches are padded, since this model cannot be run packed: {self.bench.fault}")
         if self.difference:
             notes.append(
                 f"its weights are in bfloat16: logits differ by up to {self.difference.logits:.1%} of the largest, "
