@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from workbench.adapters.inject import ALL_LINEAR, plan
+from workbench.adapters.inject import ALL_LINEAR, NO_TARGETS, plan
 from workbench.adapters.matching import Site, named, sites
 from workbench.errors import ConfigError, DataError, StudyError
 from workbench.training.base import Base
@@ -92,7 +92,8 @@ def unmatched(fields: dict[str, Any], model: nn.Module, modules: list[tuple[Site
     for key, scope in scopes.items():
         names = fields.get(key) or ()
         for pattern in [names] if isinstance(names, str) else [[name] for name in names]:
-            if str(pattern).lower() != ALL_LINEAR and not any(named(site.path, pattern) for site in scope):
+            rule = str(pattern).lower() in (ALL_LINEAR, NO_TARGETS)
+            if not rule and not any(named(site.path, pattern) for site in scope):
                 known = sorted({site.name for site in scope if not site.name.isdigit()})
                 name = pattern if isinstance(pattern, str) else pattern[0]
                 where = "the model has" if scope is everything else "the modules to adapt are"
