@@ -1,7 +1,6 @@
 """How near every way of sharing work comes to the plain loop: the weights after 50 steps, and the validation loss.
 
-    python benchmarks/equality.py            print the table
-    python benchmarks/equality.py --write    put it into docs/sharing.md
+    python benchmarks/equality.py
 
 Shipped model and data. "alone": packed, with frozen activations reused. "micro": besides, batches of 16 in parts of 5.
 "checkpointed": besides, activations computed again. "bank": all trials of the table in one pass. "stints": in a bank
@@ -22,7 +21,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from safetensors.torch import load_file
-from speed.report import write_into
 
 from workbench import adapters as A
 from workbench.training.adapted import adapted
@@ -62,14 +60,10 @@ COLUMNS = ("alone", "micro", "checkpointed", "bank", "stints")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/sharing.md")
-    arguments = parser.parse_args()
+    parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        table = "\n".join(Equality(Path(folder)).lines())
-    print(table)
-    if arguments.write:
-        write_into(ROOT / "docs" / "sharing.md", "equality", table)
+        print("\n".join(Equality(Path(folder)).lines()))
 
 
 class Equality:
