@@ -92,7 +92,7 @@ class Alone:
 
 
 class Pool:
-    """Worker processes; a pass that is the only one is trained by this process, with all of torch's threads.
+    """Worker processes.
 
     A pass whose worker died is given to a new one, each trial by itself; a trial with which two workers died has
     failed.
