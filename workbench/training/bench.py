@@ -107,9 +107,10 @@ class Bench:
                 for together in sharing(trainees):
                     meter = Meter(device)
                     with meter.phase("train"):
-                        self._advance(together, on_step)
+                        self._in_halves(lambda own: self._advance(own, on_step), together)
                     share(meter, together, [trainee.work for trainee in together])
-                    self._evaluate([trainee for trainee in together if trainee.report.error is None])
+                    if sound := [trainee for trainee in together if trainee.report.error is None]:
+                        self._in_halves(self._evaluate, sound)
                 for trainee in trainees:
                     with self._blamed(trainee.report):
                         self._write(trainee)
@@ -131,6 +132,24 @@ class Bench:
                 report.error = out_of_memory(error)
             else:
                 report.error, report.trace = error, traceback.format_exc()
+
+    def _in_halves(self, work: Callable[[Sequence[Trainee]], None], trainees: Sequence[Trainee]) -> None:
+        """Do something with trials that share a pass; where memory runs out, with one half of them after the other."""
+        try:
+            return work(trainees)
+        except Exception as error:
+            if len(trainees) == 1:
+                with self._blamed(trainees[0].report):
+                    raise
+                return None
+            if not says_no_memory(error):
+                raise
+        # out of the except block the error is gone, and with it the frames that hold the pass
+        release(self.base.device)
+        half = len(trainees) // 2
+        self.packing.most = min(self.packing.most, half)
+        self._in_halves(work, trainees[:half])
+        self._in_halves(work, trainees[half:])
 
     def _write(self, trainee: Trainee) -> None:
         """Write a trial's files, if it can go on."""
@@ -159,21 +178,11 @@ class Bench:
     # ---------------------------------------------------------------- steps
 
     def _advance(self, trainees: Sequence[Trainee], on_step: OnStep) -> None:
-        """Train until all are done; where memory runs out, one half after the other, each from its last step."""
-        try:
-            while live := [trainee for trainee in trainees if not trainee.done]:
-                with self._on_base(live):
-                    while not any(trainee.done for trainee in live):
-                        self._step(live, on_step)
-            return
-        except Exception as error:
-            if len(trainees) == 1:
-                with self._blamed(trainees[0].report):
-                    raise
-                return
-            if not says_no_memory(error):
-                raise
-        self._halved(lambda half: self._advance(half, on_step), trainees)
+        """Train until all are done."""
+        while live := [trainee for trainee in trainees if not trainee.done]:
+            with self._on_base(live):
+                while not any(trainee.done for trainee in live):
+                    self._step(live, on_step)
 
     @contextmanager
     def _on_base(self, trainees: Sequence[Trainee], training: bool = True) -> Iterator[None]:
@@ -299,35 +308,15 @@ class Bench:
     # ---------------------------------------------------------------- evaluation
 
     def _evaluate(self, trainees: Sequence[Trainee]) -> None:
-        """Measure trials that share a pass on the validation split; where memory runs out, one half after the other."""
-        if not trainees:
-            return
+        """Measure trials that share a pass on the validation split."""
         meter = Meter(self.base.device)
-        try:
-            with meter.phase("eval"), torch.no_grad():
-                found = self._measured(trainees)
-            share(meter, trainees, [trainee.work_of(self.rows.get("validation")) for trainee in trainees])
-            for trainee, metrics in zip(trainees, found, strict=True):
-                with self._blamed(trainee.report):
-                    check_finite(trainee.step, trainee.stint.settings, {"validation loss": metrics["loss"]})
-                    trainee.report.metrics = metrics
-            return
-        except Exception as error:
-            if len(trainees) == 1:
-                with self._blamed(trainees[0].report):
-                    raise
-                return
-            if not says_no_memory(error):
-                raise
-        self._halved(self._evaluate, trainees)
-
-    def _halved(self, work: Callable[[Sequence[Trainee]], None], trainees: Sequence[Trainee]) -> None:
-        """After memory ran out: the same work with one half of the trials after the other."""
-        release(self.base.device)
-        half = len(trainees) // 2
-        self.packing.most = min(self.packing.most, half)
-        work(trainees[:half])
-        work(trainees[half:])
+        with meter.phase("eval"), torch.no_grad():
+            found = self._measured(trainees)
+        share(meter, trainees, [trainee.work_of(self.rows.get("validation")) for trainee in trainees])
+        for trainee, metrics in zip(trainees, found, strict=True):
+            with self._blamed(trainee.report):
+                check_finite(trainee.step, trainee.stint.settings, {"validation loss": metrics["loss"]})
+                trainee.report.metrics = metrics
 
     def _measured(self, trainees: Sequence[Trainee]) -> list[dict[str, float]]:
         """The metrics of the validation split for each trial."""

@@ -95,8 +95,7 @@ class Shelf:
     def __init__(self, file: Path, starts: Tensor, width: int, dtype: torch.dtype):
         self.starts = starts
         tokens = int(starts[-1])
-        size = (tokens * width, dtype)
-        self.values = torch.from_file(str(file), shared=True, size=size[0], dtype=dtype).view(tokens, width)
+        self.values = torch.from_file(str(file), shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
         state = file.with_name(f"{file.name}-state")
         self.state = torch.from_file(str(state), shared=True, size=len(starts) - 1, dtype=torch.uint8)
 
