@@ -306,7 +306,8 @@ def test_a_sweep_on_a_terminal_shows_bars(swept, tmp_path: Path):
     bars = re.findall(r"(study shown|trial \d \w+) +[━╸╺]+ +(\d+)/(\d+)", text)
     assert ("study shown", "3", "3") in bars
     assert {("trial", "4")} == {(name.split()[0], total) for name, _, total in bars if not name.startswith("study")}
-    assert [int(n) for n in re.findall(r"trial (\d) \w+: complete, accuracy", text)] == [0, 1, 2]
+    # workers train trials beside each other: which one ends first is open
+    assert sorted(int(n) for n in re.findall(r"trial (\d) \w+: complete, accuracy", text)) == [0, 1, 2]
     assert ": step " not in text  # what the bars show is not printed as well
     assert out.count("\x1b[?25l") == out.count("\x1b[?25h")  # the cursor is given back
     assert text.rstrip().splitlines()[-3].strip().startswith("workbench dashboard --home ")

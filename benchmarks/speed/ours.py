@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 the seconds are without imports, on both sides
 from rich.console import Console
 from ruamel.yaml import YAML
 
@@ -24,8 +25,7 @@ from workbench.tracking import frames
 
 from .work import Work
 
-# the peer freezes the base and trains the head; in a study that is a token that no row holds
-HEAD_ONLY = {"method": "trainable_tokens", "token_indices": ["[MASK]"]}
+HEAD_ONLY = {"method": "lora", "target_modules": "dummy-target-modules"}  # the peer freezes the base itself
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -63,6 +63,7 @@ def study_file(work: Work) -> dict[str, Any]:
             "batch_size": work.batch_size,
             "eval_batch_size": work.eval_batch_size,
             "eval_every": work.eval_every,
+            "warmup": work.warmup,
             "seed": work.seed,
             **({"precision": work.precision} if work.precision != "fp32" else {}),
         },

@@ -105,7 +105,7 @@ def arguments(work: Work, learning_rate: float) -> TrainingArguments:
         per_device_train_batch_size=work.batch_size,
         per_device_eval_batch_size=work.eval_batch_size,
         learning_rate=learning_rate,
-        warmup_steps=round(0.1 * work.steps),
+        warmup_steps=round(work.warmup * work.steps),
         weight_decay=0.0,
         seed=work.seed,
         train_sampling_strategy="sequential",  # the rows come in the order of the steps

@@ -39,6 +39,7 @@ class Work:
     batch_size: int = 32
     eval_batch_size: int = 64
     max_length: int = 128  # the sentences have at most 79 tokens: none is cut
+    warmup: float = 0.0  # Trainer's default
     precision: str = "fp32"
     pruner: str = "none"
     data: str = str(DATA)

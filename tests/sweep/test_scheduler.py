@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +258,28 @@ def test_a_worker_that_dies(lab, monkeypatch: pytest.MonkeyPatch, times: int):
     message = lab.trials[1].data.tags.get("workbench.message", "")
     assert ("Two worker processes were killed by signal 9 in this trial" in message) == (times == 2)
     assert [*lab.curve(lab.trials[1], "train.loss")] == [*range(1, 5 if times == 2 else 10)]
+
+
+def test_a_lone_trial_has_the_threads_of_all_workers(lab, monkeypatch: pytest.MonkeyPatch):
+    """That hangs where a process uses the thread pool of the one that forked it."""
+    noted = lab.folder / "threads"
+
+    def training(shop: Workshop, jobs: Sequence[Job], on_step: Any) -> list[Report]:
+        _ = torch.ones(700, 700) @ torch.ones(700, 700)
+        with noted.open("a") as file:
+            file.write(f"{jobs[0].until}:{torch.get_num_threads()} ")
+        return train(shop, jobs, on_step)
+
+    monkeypatch.setattr(Workshop, "train", training)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        _ = torch.ones(700, 700) @ torch.ones(700, 700)
+        write(lab, "sampler: random, pruner: successive_halving", budget="{trials: 9}").sweep("--workers=2")
+    finally:
+        torch.set_num_threads(before)
+    rounds = [["1:1"] * 9, ["2:1", "3:1"] * 3, [f"{step}:2" for step in range(4, 10)]]
+    assert sorted(noted.read_text().split()) == sorted(chain(*rounds))
 
 
 # -------------------------------------------------------------------- pruned trials that are taken up again

@@ -90,7 +90,7 @@ def test_what_another_began_is_computed_again(
 
 
 def test_higher_layers_begin_with_lower_ones(packed: Packed, rows: Rows, tmp_path: Path) -> None:
-    """Where these are kept of all rows that are wanted."""
+    """And keep of these what was missing."""
     ran: list[int] = []
     hooks = [
         next(module for module in layer.modules() if isinstance(module, torch.nn.Linear)).register_forward_hook(
@@ -99,7 +99,13 @@ def test_higher_layers_begin_with_lower_ones(packed: Packed, rows: Rows, tmp_pat
         for i, layer in enumerate(packed.layers)
     ]
     store = Activations(packed, tmp_path / "own", LIMIT)
-    for layer, wanted, expected in ((1, [0, 1], {0}), (2, [0, 1], {1}), (3, [1], {2}), (2, [1, 2], {0, 1})):
+    for layer, wanted, expected in (
+        (1, [0, 1], {0}),
+        (2, [0, 1], {1}),
+        (3, [1], {2}),
+        (3, [1, 2], {0, 1, 2}),
+        (1, [2], set()),
+    ):
         store.prepare(rows, layer, torch.tensor(wanted))
         assert set(ran) == expected
         ran.clear()
@@ -131,8 +137,8 @@ def test_passes_that_fill_the_store_are_of_bounded_size() -> None:
     lengths = torch.tensor([1000] * 9 + [5000, 10])
     starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     rows = Rows("train", None, torch.zeros(0), None, torch.zeros(0), starts)  # type: ignore[arg-type]
-    parts = by_tokens(torch.arange(11), rows)
+    parts = by_tokens(torch.arange(11), rows, TOKENS)
     assert torch.cat(parts).tolist() == list(range(11))
     assert all(len(part) == 1 or int(lengths[part].sum()) <= 2 * TOKENS for part in parts)
     assert len(parts) > 2
-    assert by_tokens(torch.arange(0), rows) == []
+    assert by_tokens(torch.arange(0), rows, TOKENS) == []

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from workbench.training.data import IGNORED
-from workbench.training.layout import BUCKET, Group, Layout, buckets, lay_out
+from workbench.training.layout import BUCKET, Buckets, Group, Layout, lay_out
 from workbench.training.rows import Rows
 
 from .places import LAYERS, make_data
@@ -29,34 +29,22 @@ def plan(*groups: Group, pooled: bool = True) -> Layout:
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 9, 2, 8, 4], [64, 1, 2, 64, 47, 48, 60]])
 def test_buckets_hold_every_sequence_once(lengths: list[int]) -> None:
     own = torch.tensor(lengths)
-    made = buckets(own)
-    everyone = [torch.arange(len(lengths)) if b.sequences is None else b.sequences for b in made]
-    assert sorted(torch.cat(everyone).tolist()) == list(range(len(lengths)))
+    made = Buckets.of(own)
+    assert sorted(made.order.tolist()) == list(range(len(lengths)))
+    assert made.order[made.back].tolist() == list(range(len(lengths)))
+    assert made.padded[made.places].tolist() == list(range(int(own.sum())))
     starts = own.cumsum(0) - own
-    for bucket, sequences in zip(made, everyone, strict=True):
-        assert (bucket.rows, bucket.length) == (len(sequences), int(own[sequences].max()))
-        assert int(own[sequences].min()) >= BUCKET * bucket.length
-        expected = torch.cat([torch.arange(int(own[s])) + starts[s] for s in sequences])
-        tokens = torch.arange(int(own.sum())) if bucket.tokens is None else bucket.tokens
-        assert torch.equal(tokens, expected)
-        padded = torch.full((bucket.rows * bucket.length,), -1)
-        padded[bucket.flat] = tokens
-        rows = padded.view(bucket.rows, bucket.length)
-        there = torch.ones_like(rows, dtype=torch.bool) if bucket.mask is None else bucket.mask[:, 0, 0]
-        assert torch.equal(rows >= 0, there)
-        assert rows[:, 0].tolist() == starts[sequences].tolist()
-
-
-def test_what_comes_by_bucket_goes_back_in_order() -> None:
-    layout = plan(group(*[0] * 12))
-    stage = layout.stages[0]
-    assert len(stage.buckets) > 1
-    assert stage.tokens_back is not None
-    assert stage.sequences_back is not None
-    tokens, sequences = ([getattr(b, name) for b in stage.buckets] for name in ("tokens", "sequences"))
-    assert torch.cat(tokens)[stage.tokens_back].tolist() == list(range(layout.sizes[0]))
-    assert torch.cat(sequences)[stage.sequences_back].tolist() == list(range(12))
-    assert plan(group(0)).stages[0].tokens_back is None
+    sequences = made.order.split([bucket.rows for bucket in made.each])
+    padded = made.padded.split([bucket.rows * bucket.length for bucket in made.each])
+    for bucket, chosen, tokens in zip(made.each, sequences, padded, strict=True):
+        assert bucket.length == int(own[chosen].max())
+        assert int(own[chosen].min()) >= BUCKET * bucket.length
+        for n, sequence in enumerate(chosen):
+            length, there = int(own[sequence]), tokens.view(bucket.rows, bucket.length)[n] - starts[sequence]
+            assert there.tolist() == [*range(length), *[length - 1] * (bucket.length - length)]
+            mask = torch.ones(bucket.length) if bucket.mask is None else bucket.mask[n, 0, 0]
+            assert int(mask.sum()) == length
+            assert mask[:length].all()
 
 
 def owners(layout: Layout) -> Tensor:

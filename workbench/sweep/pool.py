@@ -1,7 +1,8 @@
 """Who trains: worker processes, one a core, or this process by itself.
 
-Workers are forked when base and data are loaded, so these are in memory once. Each has one thread. They train, and send
-steps and reports; whoever started them asks Optuna, writes the stores and shows.
+Workers are forked when base and data are loaded, so these are in memory once. Each has one thread, or more in a round
+of fewer trials than workers. They train, and send steps and reports; whoever started them asks Optuna, writes the
+stores and shows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Protocol
@@ -42,10 +44,12 @@ class Crew(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def work(self, next_pass: NextPass, on_step: OnStep, on_reports: OnReports) -> None:
+    def work(self, trials: int, next_pass: NextPass, on_step: OnStep, on_reports: OnReports) -> None:
         """Train passes until there are none and everybody is free.
 
         Args:
+            trials: how many trials these passes train. Where they are few each has more threads; this depends on
+                nothing else, as the number of threads changes the last digits of sums.
             next_pass: the jobs to train together next, asked for whenever somebody is free; [] if there are none now.
             on_step: hears of each step, perhaps a little later.
             on_reports: hears what came of a pass.
@@ -85,7 +89,7 @@ class Alone:
     ) -> None:
         pass
 
-    def work(self, next_pass: NextPass, on_step: OnStep, on_reports: OnReports) -> None:
+    def work(self, trials: int, next_pass: NextPass, on_step: OnStep, on_reports: OnReports) -> None:
         """See `Crew`."""
         while jobs := next_pass():
             on_reports(self._shop.train(jobs, on_step))
@@ -113,14 +117,14 @@ class Pool:
         for worker in self._workers:
             worker.stop()
 
-    def work(self, next_pass: NextPass, on_step: OnStep, on_reports: OnReports) -> None:
+    def work(self, trials: int, next_pass: NextPass, on_step: OnStep, on_reports: OnReports) -> None:
         """See `Crew`."""
         again: list[list[Job]] = []  # passes whose worker died
         died: set[int] = set()  # trials with which a worker died
         while True:
             for worker in self._workers:
                 if not worker.jobs and (jobs := again.pop() if again else next_pass()):
-                    worker.give(jobs)
+                    worker.give(jobs, max(1, self._size // trials))
             busy = {worker.connection: worker for worker in self._workers if worker.jobs}
             if not busy:
                 return
@@ -163,10 +167,10 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def give(self, jobs: list[Job]) -> None:
+    def give(self, jobs: list[Job], threads: int) -> None:
         """Let the worker train these next."""
         self.jobs = jobs
-        self.connection.send(jobs)
+        self.connection.send((jobs, threads))
 
     def stop(self) -> int | None:
         """End the process at once, if it has not ended; its exit code."""
@@ -182,13 +186,14 @@ def serve(shop: Workshop, connection: Connection, parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would hear what an orphan has to say
     if os.getppid() != parent:
         return
-    torch.set_num_threads(1)  # before anything else: a thread pool of the parent does not live here
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # the parent's may hold a lock for its progress bars
     while True:
-        jobs = connection.recv()
+        jobs, threads = connection.recv()
         steps = Steps(connection)
-        reports = shop.train(jobs, steps)
+        # in a thread of its own, which gets a pool of its own: the pool of the parent's threads does not live here
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as executor:
+            reports = executor.submit(shop.train, jobs, steps).result()
         connection.send((steps.unsent, reports, shop.shared_costs))
         shop.shared_costs.clear()
 

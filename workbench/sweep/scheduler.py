@@ -170,7 +170,7 @@ class Scheduler:
         """Bring every trial to its goal."""
         for live in self.live.values():
             live.goal, live.begun = goals.get(live.number, 0), False
-        self.crew.work(self._next_pass, self._on_step, self._on_reports)
+        self.crew.work(len(goals), self._next_pass, self._on_step, self._on_reports)
 
     def _next_pass(self) -> list[Job]:
         """Who trains next, in one pass: whoever has begun, then whoever will take longest."""

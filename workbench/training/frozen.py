@@ -17,6 +17,7 @@ from .packed import Packed
 from .rows import Rows, ranges
 
 TOKENS = 4096  # of a pass that fills the store
+TOKENS_ON_CPU = 1024  # as fast there, and processes that fill it together divide the work better
 MISSING, BEGUN, KEPT = 0, 1, 2
 
 
@@ -33,7 +34,8 @@ class Activations:
         self._shelves: dict[tuple[str, int], Shelf] = {}
 
     def prepare(self, rows: Rows, layer: int, indices: Tensor) -> bool:
-        """Compute what is missing of these rows at a layer. The plain base must be on its own: no adapter attached.
+        """Compute what is missing of these rows at a layer, and on the way at the next lower one that some trial wants.
+        The plain base must be on its own: no adapter attached.
 
         Returns:
             Whether there was room for them.
@@ -42,9 +44,13 @@ class Activations:
         if shelf is None:
             return False
         wanted = indices.unique()
+        lower = max((at for at in range(1, layer) if self._file(rows, at).exists()), default=0)
+        if lower:
+            self.prepare(rows, lower, wanted[shelf.state[wanted] != KEPT])
         by_length = wanted[rows.lengths[wanted].argsort(stable=True)]
+        most = TOKENS_ON_CPU if self.packed.base.device.type == "cpu" else TOKENS
         for state in (MISSING, BEGUN):  # then what another process began and has not finished
-            for part in by_tokens(by_length[shelf.state[by_length] == state], rows):
+            for part in by_tokens(by_length[shelf.state[by_length] == state], rows, most):
                 part = part[shelf.state[part] <= state]
                 if not len(part):
                     continue
@@ -71,12 +77,15 @@ class Activations:
             starts = torch.arange(len(rows) + 1) if vectors else rows.starts
             width = self.packed.model.config.get_text_config().hidden_size
             size = int(starts[-1]) * width * self.packed.model.dtype.itemsize
-            file = self.folder / f"{rows.name}-{layer}"
+            file = self._file(rows, layer)
             if not file.exists() and not self._make_room(size):
                 return None
             self.folder.mkdir(parents=True, exist_ok=True)
             self._shelves[rows.name, layer] = Shelf(file, starts, width, self.packed.model.dtype)
         return self._shelves[rows.name, layer]
+
+    def _file(self, rows: Rows, layer: int) -> Path:
+        return self.folder / f"{rows.name}-{layer}"
 
     def _make_room(self, size: int) -> bool:
         """Whether so many bytes more fit; other models' and data's activations are given up for them, oldest first."""
@@ -107,11 +116,11 @@ class Shelf:
         return bool((self.state[rows] == KEPT).all())
 
 
-def by_tokens(indices: Tensor, rows: Rows) -> list[Tensor]:
-    """Row numbers in parts of about `TOKENS` tokens."""
+def by_tokens(indices: Tensor, rows: Rows, tokens: int) -> list[Tensor]:
+    """Row numbers in parts of about so many tokens."""
     if not len(indices):
         return []
-    number = (rows.lengths[indices].cumsum(0) - 1) // TOKENS
+    number = (rows.lengths[indices].cumsum(0) - 1) // tokens
     return list(indices.split(torch.unique_consecutive(number, return_counts=True)[1].tolist()))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .data import IGNORED
 from .rows import Rows, ranges
 
-BUCKET = 0.75  # a sequence shorter than this share of its bucket's longest opens a bucket of its own
+BUCKET = 0.85  # a sequence shorter than this share of its bucket's longest opens a bucket of its own
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,56 @@ class Bucket:
     """Sequences of about one length, which attention pads to the longest of them.
 
     Attributes:
-        sequences: which they are, `(rows,)`; None: all of them, in order.
-        tokens: where their tokens are, `(t,)`; None: all tokens, in order.
-        flat: where these go in the padded sequences, `(t,)`.
         rows, length: the padded sequences' shape.
         mask: `(rows, 1, 1, length)`, true for tokens; None: there is no padding.
     """
 
-    sequences: Tensor | None
-    tokens: Tensor | None
-    flat: Tensor
     rows: int
     length: int
     mask: Tensor | None
 
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sequences as attention takes them: bucket by bucket, padded.
+
+    Attributes:
+        each: the buckets, the one with the longest sequences first.
+        padded: the token that stands at each place of the padded sequences, `(places,)`; where a sequence has ended it
+            is the last of its own, so that no sequence ever meets what is another's.
+        places: the place of each token, `(tokens,)`.
+        order: the sequence in each row of the buckets, `(rows,)`.
+        back: the row of each sequence, `(rows,)`.
+    """
+
+    each: list[Bucket]
+    padded: Tensor
+    places: Tensor
+    order: Tensor
+    back: Tensor
+
     @classmethod
-    def of(cls, chosen: Tensor | None, lengths: Tensor) -> Bucket:
-        """The bucket of the chosen ones (None: all) of sequences with these lengths."""
-        own = lengths if chosen is None else lengths[chosen]
-        rows, longest = len(own), int(own.max())
-        mask = (torch.arange(longest) < own[:, None])[:, None, None] if int(own.min()) < longest else None
-        tokens = None if chosen is None else ranges((lengths.cumsum(0) - lengths)[chosen], own)
-        return cls(chosen, tokens, ranges(torch.arange(rows) * longest, own), rows, longest, mask)
+    def of(cls, lengths: Tensor) -> Buckets:
+        """Sequences of these lengths that lie one after the other."""
+        order = lengths.argsort(descending=True, stable=True)
+        ordered = lengths[order]
+        each, longest, begin = [], torch.empty_like(lengths), 0
+        for end in ends(ordered.tolist()):
+            own = ordered[begin:end]
+            length = int(own[0])
+            mask = (torch.arange(length) < own[:, None])[:, None, None] if int(own[-1]) < length else None
+            each.append(Bucket(end - begin, length, mask))
+            longest[begin:end], begin = length, end
+        back = order.argsort()
+        starts, rows = lengths.cumsum(0) - lengths, longest.cumsum(0) - longest  # of tokens, of places
+        within = torch.minimum(ranges(torch.zeros_like(longest), longest), (ordered - 1).repeat_interleave(longest))
+        return cls(
+            each=each,
+            padded=starts[order].repeat_interleave(longest) + within,
+            places=ranges(rows[back], lengths),
+            order=order,
+            back=back,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +144,6 @@ class Stage:
         lengths: of each sequence.
         firsts: where each sequence starts.
         buckets: the sequences, as attention takes them.
-        tokens_back, sequences_back: put what came bucket by bucket in the order of the pass.
     """
 
     layer: int
@@ -127,9 +154,7 @@ class Stage:
     rows: list[int]
     lengths: Tensor
     firsts: Tensor
-    buckets: list[Bucket]
-    tokens_back: Tensor | None
-    sequences_back: Tensor | None
+    buckets: Buckets
 
 
 @dataclass(frozen=True)
@@ -193,7 +218,6 @@ def lay_out(groups: Sequence[Group], depth: int, pooled: bool, device: torch.dev
         present = tokens_here.nonzero()[:, 0]
         order = torch.cat([before, (token_entry == layer).nonzero()[:, 0]]).argsort()
         own = lengths[here]
-        made = buckets(own)
         stages[layer] = Stage(
             layer=layer,
             present=None if len(present) == len(token_entry) else present,
@@ -203,9 +227,7 @@ def lay_out(groups: Sequence[Group], depth: int, pooled: bool, device: torch.dev
             rows=torch.bincount(owner[here], minlength=len(groups)).tolist(),
             lengths=own,
             firsts=own.cumsum(0) - own,
-            buckets=made,
-            tokens_back=back([bucket.tokens for bucket in made]),
-            sequences_back=back([bucket.sequences for bucket in made]),
+            buckets=Buckets.of(own),
         )
         before = present
     all_came = bool(everyone.all()) or not bool(everyone.any())
@@ -214,21 +236,14 @@ def lay_out(groups: Sequence[Group], depth: int, pooled: bool, device: torch.dev
     return layout if device.type == "cpu" else moved(layout, device)
 
 
-def buckets(lengths: Tensor) -> list[Bucket]:
-    """Sequences in buckets of about one length, the longest first."""
-    order = lengths.argsort(descending=True, stable=True)
-    made, begin, ordered = [], 0, lengths[order].tolist()
-    for i, length in enumerate([*ordered, 0]):
-        if i > begin and length < BUCKET * ordered[begin]:
-            made.append(Bucket.of(None if begin == 0 and i == len(order) else order[begin:i], lengths))
-            begin = i
-    return made
-
-
-def back(parts: list[Tensor | None]) -> Tensor | None:
-    """Where to find what came in these parts, in order; None if it came whole."""
-    places = [part for part in parts if part is not None]
-    return torch.cat(places).argsort() if places else None
+def ends(lengths: list[int]) -> list[int]:
+    """Where each bucket ends, for lengths from the longest to the shortest."""
+    found, longest = [], lengths[0]
+    for i, length in enumerate(lengths):
+        if length < BUCKET * longest:
+            found.append(i)
+            longest = length
+    return [*found, len(lengths)]
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -239,7 +254,7 @@ def moved(value: Any, device: torch.device) -> Any:
         return [moved(part, device) for part in value]
     if isinstance(value, dict):
         return {key: moved(part, device) for key, part in value.items()}
-    if isinstance(value, (Stage, Bucket)):
+    if isinstance(value, (Stage, Buckets, Bucket)):
         return replace(value, **{name: moved(part, device) for name, part in vars(value).items()})
     if isinstance(value, Layout):  # the groups' indices, and who came, are for this side
         stages = {layer: replace(moved(s, device), entering=s.entering) for layer, s in value.stages.items()}

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from .base import Base, configs_of
-from .layout import Bucket, Group, Layout, Stage, lay_out
+from .layout import Group, Layout, Stage, lay_out
 from .rows import ranges
 
 if TYPE_CHECKING:
@@ -424,67 +424,63 @@ def packed_attention(
     if window is not None and int(stage.lengths.max()) > window:
         raise NotImplementedError("sliding windows shorter than the sequences")
     dtype = query.dtype
-    if query.device.type == "cpu":
-        query, key, value = query.float(), key.float(), value.float()
+    precise = torch.float32 if query.device.type == "cpu" else dtype
+    buckets = stage.buckets
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    keys, values = (Pad.apply(t, buckets.padded, buckets.places) for t in (key, value))
+    if one_asks:
+        asking, widths = query.index_select(0, buckets.order), [1] * len(buckets.each)
+    else:
+        asking, widths = Pad.apply(query, buckets.padded, buckets.places), [bucket.length for bucket in buckets.each]
+    asked = [bucket.rows * width for bucket, width in zip(buckets.each, widths, strict=True)]
+    there = [bucket.rows * bucket.length for bucket in buckets.each]
     parts = []
-    for bucket in stage.buckets:
-        asking = chosen(query, bucket.sequences)[:, :, None] if one_asks else spread(query, bucket)
+    for bucket, *own in zip(buckets.each, asking.split(asked), keys.split(there), values.split(there), strict=True):
+        q, k, v = (t.to(precise).unflatten(0, (bucket.rows, -1)).transpose(1, 2) for t in own)
         out = F.scaled_dot_product_attention(
-            asking,
-            spread(key, bucket),
-            spread(value, bucket),
+            q,
+            k,
+            v,
             attn_mask=None if causal else bucket.mask,
             is_causal=causal,
             scale=scaling,
             dropout_p=dropout,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        out = out.transpose(1, 2).flatten(0, 1)
-        parts.append(out if one_asks else Take.apply(out, bucket.flat))
-    out = parts[0]
-    if len(parts) > 1:
-        out = torch.cat(parts).index_select(0, stage.sequences_back if one_asks else stage.tokens_back)  # type: ignore[arg-type]
-    return out[None].to(dtype), None
+        parts.append(out.transpose(1, 2).flatten(0, 1).to(dtype))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = out.index_select(0, buckets.back) if one_asks else Unpad.apply(out, buckets.places)
+    return out[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-def spread(tokens: Tensor, bucket: Bucket) -> Tensor:
-    """`(tokens, heads, width)` to the padded sequences of a bucket, `(rows, heads, length, width)`."""
-    padded = Spread.apply(chosen(tokens, bucket.tokens), bucket.flat, bucket.rows * bucket.length)
-    return padded.unflatten(0, (bucket.rows, bucket.length)).transpose(1, 2)
-
-
-def chosen(x: Tensor, where: Tensor | None) -> Tensor:
-    return x if where is None else x.index_select(0, where)
-
-
-class Spread(torch.autograd.Function):
-    """Entries at the given places among zeros. As an index assignment it would cost ten times as much to derive."""
+class Pad(torch.autograd.Function):
+    """Tokens at the places of padded sequences. Nothing goes back from where a sequence has ended: attention does not
+    look there, and what it gives there `Unpad` leaves out."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, where: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(where)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, where, x)
+    def forward(ctx: Any, tokens: Tensor, padded: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return tokens.index_select(0, padded)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (where,) = ctx.saved_tensors
-        return gradient.index_select(0, where), None, None
+        (places,) = ctx.saved_tensors
+        return gradient.index_select(0, places), None, None
 
 
-class Take(torch.autograd.Function):
-    """The entries at the given places, each asked for once: the reverse of `Spread`."""
+class Unpad(torch.autograd.Function):
+    """The reverse of `Pad`. As indexing alone it would cost ten times as much to derive."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, where: Tensor) -> Tensor:
-        ctx.save_for_backward(where)
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
         ctx.size = len(x)
-        return x.index_select(0, where)
+        return x.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (where,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, where, gradient), None
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, places, gradient), None

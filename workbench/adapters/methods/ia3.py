@@ -87,10 +87,13 @@ class IA3(Adapter):
             nn.init.ones_(self.ia3_l)
 
     def pre(self, x: Tensor) -> Tensor:
-        return (x * self.ia3_l.view(self.factor_shape)).to(x.dtype) if self.is_feedforward else x
+        return self._scaled(x).to(x.dtype) if self.is_feedforward else x
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y if self.is_feedforward else y * self.ia3_l.view(self.factor_shape)
+        return y if self.is_feedforward else self._scaled(y)
+
+    def _scaled(self, tensor: Tensor) -> Tensor:
+        return scaled(tensor, self.ia3_l.view(self.factor_shape), self.compute_dtype)
 
     @classmethod
     def pre_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ class IA3(Adapter):
     def scaled_each(adapters: Sequence[IA3], groups: Groups, tensor: Tensor) -> Tensor:
         """(..., features), of each group times its adapter's factors."""
         factors = torch.stack([adapter.ia3_l.flatten() for adapter in adapters])
-        return groups.unstack(groups.stack(tensor) * factors[:, None], tensor)
+        return groups.unstack(scaled(groups.stack(tensor), factors[:, None], adapters[0].compute_dtype), tensor)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = self.ia3_l.flatten().to(weight.dtype)
@@ -123,3 +126,10 @@ class IA3(Adapter):
             scaled = weight.unflatten(0, (groups, -1)) * factor.view(groups, 1, -1, *tail)
             return scaled.flatten(0, 1), bias
         return weight * factor.view(-1, 1, *tail), None if bias is None else bias * factor
+
+
+def scaled(tensor: Tensor, factors: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor times factors; in half precision by what they differ from one, which it holds more exactly."""
+    if dtype is None:
+        return tensor * factors
+    return torch.addcmul(tensor, tensor, (factors - 1).to(dtype))
