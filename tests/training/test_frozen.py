@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,28 @@ def test_what_another_began_is_computed_again(
     store.prepare(rows, 1, torch.tensor([0, 1]))
     assert computed == [1, 1]
     torch.testing.assert_close(known(store, asked(rows, 0, 1), 1), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_processes_fill_a_store_together(packed: Packed, rows: Rows, tmp_path: Path) -> None:
+    def fill() -> None:
+        torch.set_num_threads(1)  # the thread pool of the one that forked does not live here
+        for layer in (2, 1, 3):
+            assert Activations(packed, tmp_path / "own", LIMIT).prepare(rows, layer, torch.arange(len(rows)))
+
+    children = [multiprocessing.get_context("fork").Process(target=fill) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    store, group = Activations(packed, tmp_path / "own", LIMIT), asked(rows, *range(len(rows)))
+    for layer in (1, 2, 3):
+        shelf = store._shelf(rows, layer)
+        assert shelf is not None
+        assert shelf.holds(torch.arange(len(rows)))
+        with torch.no_grad():
+            expected = packed.activations(group, layer)
+        torch.testing.assert_close(known(store, group, layer), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_higher_layers_begin_with_lower_ones(packed: Packed, rows: Rows, tmp_path: Path) -> None:
