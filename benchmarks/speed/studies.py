@@ -57,6 +57,7 @@ def last_layers_trials(layers: int) -> Trials:
         "last_r4": lora(4, ["query", "value"], 2e-3, **last),
         "last_r8": lora(8, ["query", "value"], 5e-3, **last),
         "last_linear_r8": lora(8, LINEAR, 2e-3, **last),
+        "last_linear_r16": lora(16, LINEAR, 3e-3, **last),
     }
 
 
@@ -64,11 +65,10 @@ def mixed_trials(model: str, layers: int) -> Trials:
     """The 16 trials of the bar: methods of every kind, as a search would draw them."""
     ia3 = {"method": "ia3", "target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}
     tokens = load_tokenizer(ModelSection(path=model, task="SEQ_CLS")).convert_tokens_to_ids(OPINIONS)
-    everywhere = lora_trials()
-    del everywhere["lora_r4"]  # three trials of a kind, four of tokens
+    three = {**lora_trials(), **last_layers_trials(layers)}  # of a kind, and four of tokens
+    del three["lora_r4"], three["last_linear_r16"]
     return {
-        **everywhere,
-        **last_layers_trials(layers),
+        **three,
         **{f"ia3_{name}": ia3 | {"learning_rate": rate} for name, rate in LOW_TO_HIGH["ia3"].items()},
         **{
             f"tokens_{k}_{name}": {"method": "trainable_tokens", "token_indices": tokens[:k], "learning_rate": rate}
@@ -138,7 +138,10 @@ def lora_only(model: str, layers: int, quick: bool, repeats: int) -> Report:
     """LoRA on all layers in both precisions, and on the last two."""
     steps, rows, held_out = (12, 128, 64) if quick else (45, 480, 300)
     everywhere = Work(model, lora_trials(), steps, steps // 3, rows, held_out)
-    last = replace(everywhere, trials=last_layers_trials(layers))
+    # twice as long, since trials that take so little would leave much of the time to the study's start
+    last = replace(
+        everywhere, trials=last_layers_trials(layers), steps=2 * steps, eval_every=2 * steps // 3, train_rows=2 * rows
+    )
     variants = {"fp32": everywhere, "bf16": replace(everywhere, precision="bf16")}
     rounds = [compare(everywhere, variants) for _ in range(repeats)]
     last_rounds = [compare(last, {"fp32": last}) for _ in range(repeats)]
@@ -150,9 +153,9 @@ def lora_only(model: str, layers: int, quick: bool, repeats: int) -> Report:
             times("LoRA on all layers, bf16", ratios(rounds, "bf16"), 2.8),
             times("LoRA on the last 2 layers, fp32", ratios(last_rounds, "fp32"), 4),
         ],
-        f"Studies of {len(everywhere.trials)} and {len(last.trials)} trials, {steps} steps of "
-        f"{everywhere.batch_size} rows ({steps * everywhere.batch_size // rows} epochs of {rows} rows), measured 3 "
-        f"times on {held_out} rows; {repeats} round(s); all layers: {seconds}; last two: {last_seconds}.",
+        f"Studies of {len(last.trials)} trials of {steps} (all layers) and {last.steps} (last two) steps of "
+        f"{last.batch_size} rows, {steps * last.batch_size // rows} epochs each, measured 3 times on {held_out} rows; "
+        f"{repeats} round(s); all layers: {seconds}; last two: {last_seconds}.",
         {"works": [vars(everywhere), vars(last)], "rounds": rounds, "last_rounds": last_rounds},
     )
 

@@ -23,6 +23,7 @@ import torch
 
 from workbench.errors import TrialFailed, WorkbenchError
 from workbench.training.bench import OnStep, Report
+from workbench.training.memory import add_up
 
 from .interrupt import Interrupt
 from .workshop import Job, Workshop
@@ -143,8 +144,7 @@ class Pool:
                 for step in steps:
                     on_step(*step)
                 if reports is not None:
-                    for key, seconds in shared_costs.items():
-                        self._shop.shared_costs[key] = self._shop.shared_costs.get(key, 0.0) + seconds
+                    add_up(self._shop.shared_costs, shared_costs)
                     worker.jobs = []
                     on_reports(reports)
 

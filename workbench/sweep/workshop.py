@@ -17,7 +17,7 @@ from workbench.training.bench import Bench, OnStep, Report, Stint
 from workbench.training.config import TrainingSection
 from workbench.training.data import RawData, TaskData, tokenize
 from workbench.training.halved import Difference, halve
-from workbench.training.memory import out_of_memory, says_no_memory
+from workbench.training.memory import add_up, out_of_memory, says_no_memory
 from workbench.training.tokens import resolve
 
 from .configure import peft_config
@@ -176,8 +176,7 @@ class Workshop:
                 for job in jobs:
                     prepare(job)
                 reports = bench.train([self.stint(job, base, data) for job in jobs], on_step)
-                for key, seconds in bench.shared_costs.items():
-                    self.shared_costs[key] = self.shared_costs.get(key, 0.0) + seconds
+                add_up(self.shared_costs, bench.shared_costs)
                 bench.shared_costs.clear()
                 for job in jobs:
                     if job.adapter and new_tokens:

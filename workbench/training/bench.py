@@ -29,7 +29,7 @@ from .data import IGNORED, TaskData
 from .frozen import Activations
 from .layout import Group
 from .loop import Row, backward, check_finite, evaluate, in_order, measure, scores, taken_apart
-from .memory import Meter, out_of_memory, release, says_no_memory
+from .memory import Meter, add_up, out_of_memory, release, says_no_memory
 from .optimizer import step as optimizer_step
 from .packed import Known, Packed, Scored
 from .packing import Packing
@@ -172,8 +172,7 @@ class Bench:
                     if self.store is None or not self.store.prepare(self.rows[name], layer, own):
                         entry[entry == layer] = 0
         if self.store is not None:
-            key = "seconds/activations"
-            self.shared_costs[key] = self.shared_costs.get(key, 0.0) + time.perf_counter() - started
+            add_up(self.shared_costs, {"seconds/activations": time.perf_counter() - started})
 
     # ---------------------------------------------------------------- steps
 

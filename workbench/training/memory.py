@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,6 +111,12 @@ def sampled(peaks: dict[str, float]) -> Iterator[None]:
         done.set()
         thread.join()
         peaks["process_peak_growth_mib"] = max(0, highest - start, process.memory_info().rss - start) / MIB
+
+
+def add_up(costs: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add costs to those of the same names."""
+    for name, value in more.items():
+        costs[name] = costs.get(name, 0.0) + value
 
 
 def says_no_memory(error: BaseException) -> bool:
