@@ -19,12 +19,14 @@ SAMPLE_SECONDS = 2
 MIB = 2**20
 
 
-def run(side: str, work: Work, one_core: bool = False) -> dict[str, Any]:
-    """What a side's script writes, and `memory`: MiB of the process tree over time, shared pages counted once.
+def run(side: str, work: Work, one_core: bool = False, memory: bool = False) -> dict[str, Any]:
+    """What a side's script writes.
 
     Args:
         side: "ours" or "peer".
         one_core: let the process and its children use one core only.
+        memory: give also `memory`, MiB of the process tree over time, shared pages counted once. Counting them takes
+            time from the processes, the more the more there are.
     """
     # the libraries choose the number of threads on both sides
     environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -38,12 +40,13 @@ def run(side: str, work: Work, one_core: bool = False) -> dict[str, Any]:
             try:
                 if one_core:
                     psutil.Process(process.pid).cpu_affinity([0])
-                memory = watch(process)
+                samples = watch(process) if memory else []
+                process.wait()
             finally:
                 process.kill()  # nothing, if it has ended
         if process.returncode:
             raise RuntimeError(f"{side} failed:\n{log.read_text()[-4000:]}")
-        return json.loads(result.read_text()) | {"memory": memory}
+        return json.loads(result.read_text()) | {"memory": samples}
 
 
 def watch(process: Popen[bytes]) -> list[float]:

@@ -232,7 +232,7 @@ def linear(model: str, layers: int, quick: bool, repeats: int) -> Report:
         found = {}
         for size in sizes:
             trials = {f"lora_{i}": lora(8, ["query", "value"], 1e-3 + 1e-5 * i) for i in range(size)}
-            found[size] = run("ours", Work(model, trials, 6, 3, 192, 64))
+            found[size] = run("ours", Work(model, trials, 6, 3, 192, 64), memory=True)
         rounds.append(found)
     seconds = [statistics.median(found[size]["seconds"] for found in rounds) for size in sizes]
     memory = [statistics.median(settled(found[size]["memory"]) for found in rounds) for size in sizes]

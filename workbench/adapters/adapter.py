@@ -68,8 +68,8 @@ class Adapter(Part):
         mergeable: whether `merged` exists.
         exclusive: only one such adapter may act on a layer at a time.
         by_row: whether each row of a batch can have an adapter of its own.
-        compute_dtype: of the products with what trains, where this is kept in higher precision than they need; None:
-            its own dtype.
+        compute_dtype: of the products with what trains, which may be kept in higher precision than they need, and may
+            be laid out for speed at the cost of a little memory. None: its own dtype, as peft computes them.
         by_token: whether what it does at a token, and learns from it, depends on no other token.
         base_weight: the canonical weight that is left to the base layer, for an adapter that takes a part of it into
             itself; None for others, and once the adapter is on a layer. The layer gets its own back afterwards.

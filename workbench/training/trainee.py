@@ -67,9 +67,10 @@ class Trainee:
         self.encoder: Any = encoders[NAME] if encoders is not None else None
         if settings.gradient_checkpointing and getattr(self.encoder, "in_cache", False):
             raise ConfigError(f"{self.stint.config.peft_type} does not work with gradient_checkpointing.")
-        if settings.precision == "bf16":
-            for _, layer in self.model.base_model.layers_of(NAME):
-                layer.adapter(NAME).compute_dtype = next(layer.base_layer.parameters()).dtype
+        for _, layer in self.model.base_model.layers_of(NAME):
+            dtype = next((p.dtype for p in layer.base_layer.parameters()), None)
+            if dtype == torch.float32 or settings.precision == "bf16":
+                layer.adapter(NAME).compute_dtype = dtype
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.report.trainable, self.report.total = self.model.get_nb_trainable_parameters()
         self.optimizer = TrialOptimizer(list(self.parameters.values()), settings)

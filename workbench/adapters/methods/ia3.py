@@ -130,6 +130,6 @@ class IA3(Adapter):
 
 def scaled(tensor: Tensor, factors: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor times factors; in half precision by what they differ from one, which it holds more exactly."""
-    if dtype is None:
+    if dtype is None or dtype == factors.dtype:
         return tensor * factors
     return torch.addcmul(tensor, tensor, (factors - 1).to(dtype))

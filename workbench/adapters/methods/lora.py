@@ -372,9 +372,9 @@ class Lora(DeltaAdapter):
         """What the update adds to the output for an input that went through `drop`."""
         if self.lora_bias:
             return self.lora_B(self.lora_A(x)) * self.scaling
-        if self.is_plain:
+        if self.compute_dtype is not None and self.is_plain:
             a = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling
-            # laid out by rank, since a CPU takes several times as long to derive a product with few columns
+            # a copy by rank, since a CPU takes several times as long to derive a product with few columns
             return a @ self.lora_B.weight.to(x.dtype).T.contiguous()
         return self.lora_B(self.lora_A(x) * self.scaling)
 
