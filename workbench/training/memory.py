@@ -43,8 +43,7 @@ class Meter:
             with cuda_peak(self.device, peaks) if self.device.type == "cuda" else process_peak(peaks):
                 yield
         finally:
-            seconds = f"seconds/{name}"
-            self.metrics[seconds] = self.metrics.get(seconds, 0.0) + time.perf_counter() - start
+            add_up(self.metrics, {f"seconds/{name}": time.perf_counter() - start})
             for key, mib in peaks.items():
                 self.metrics[f"{key}/{name}"] = max(mib, self.metrics.get(f"{key}/{name}", 0.0))
 
