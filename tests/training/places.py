@@ -63,7 +63,7 @@ def make_base(kind: str, task: str, **config: Any) -> Base:
         for parameter in model.parameters():  # biases and norms too
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer(), task, torch.device("cpu"), kind, f"{kind}-{task}", ())  # type: ignore[arg-type]
+    return Base(model, tokenizer(), task, torch.device("cpu"), kind, f"{kind}-{task}", (), "cpu")  # type: ignore[arg-type]
 
 
 def make_data(task: str, target: bool = False, pairs: bool = False, shortest: int = 2, longest: int = 14) -> TaskData:

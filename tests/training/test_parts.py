@@ -10,7 +10,7 @@ import torch
 from workbench.training import parts
 from workbench.training.parts import by_length
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU, GPU = "cpu", "cuda"
 LENGTHS = [
     torch.randint(1, 200, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 2, 5, 9, 12)
 ] + [[7] * 6, [1, 500, 1, 500]]
@@ -20,11 +20,11 @@ def cost(lengths: list[int], made: list[list[int]]) -> int:
     return sum(len(part) * max(lengths[i] for i in part) + parts.OVERHEAD for part in made)
 
 
-@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("kind", [CPU, GPU])
 @pytest.mark.parametrize("most", [None, 1, 4, 100])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
-def test_every_row_is_in_one_part(lengths: list[int], most: int | None, device: torch.device) -> None:
-    made = by_length(lengths, most, device)
+def test_every_row_is_in_one_part(lengths: list[int], most: int | None, kind: str) -> None:
+    made = by_length(lengths, most, kind)
     assert sorted(i for part in made for i in part) == list(range(len(lengths)))
     assert all(0 < len(part) <= (most or len(lengths)) for part in made)
 

@@ -326,17 +326,22 @@ class PeftModel(PushToHub, nn.Module):
         for name in names:
             target = folder if name == "default" else folder / name
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)  # type: ignore[arg-type]
-            config = copy.copy(self.peft_config[name])
+            config = self.saved_config(name)
             if path_initial_model_for_weight_conversion is not None:
                 tensors, config = config.converted(tensors, load_peft_weights(path_initial_model_for_weight_conversion))
             check_whole(tensors, name)
             write_weights(tensors, target)
-            config.inference_mode = True  # as peft does: whoever loads the file decides anew
-            config.base_model_name_or_path = config.base_model_name_or_path or base_name(self.get_base_model())
-            if config.task_type is None:
-                base = type(self.get_base_model())
-                config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
             config.save_pretrained(target)
+
+    def saved_config(self, adapter_name: str) -> PeftConfig:
+        """An adapter's configuration as `save_pretrained` writes it."""
+        config = copy.copy(self.peft_config[adapter_name])
+        config.inference_mode = True  # as peft does: whoever loads the file decides anew
+        config.base_model_name_or_path = config.base_model_name_or_path or base_name(self.get_base_model())
+        if config.task_type is None:
+            base = type(self.get_base_model())
+            config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        return config
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write a folder's README.md, or add to it; see `card.write_card`."""

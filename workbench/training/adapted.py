@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from workbench.adapters import PeftConfig, PeftModel, get_peft_model
-from workbench.adapters.checkpoint import base_path, base_slots, load_peft_weights, write_weights
+from workbench.adapters import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from workbench.adapters.checkpoint import base_path, base_slots, write_weights
+from workbench.adapters.config import CONFIG_NAME
 from workbench.adapters.matching import sites
 
 from .base import Base
+
+KINDS = {torch.bfloat16: "BF", torch.int32: "I", torch.int64: "I", torch.uint8: "U"}  # safetensors' names; else floats
 
 
 @contextmanager
@@ -36,13 +43,41 @@ def save_adapter(model: PeftModel, base: Base, folder: Path) -> int:
         the size of the adapter's files in bytes.
     """
     model.save_pretrained(folder, save_embedding_layers=False)
+    write_weights(adapter_tensors(model, base), folder)
+    return sum(file.stat().st_size for file in folder.glob("adapter_*"))
+
+
+def adapter_tensors(model: PeftModel, base: Base) -> dict[str, Tensor]:
+    """What `save_adapter` writes."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     paths, prefix = {s.path: base_path(s) for s in sites(model.get_base_model())}, model.base_model.key_prefix
-    tensors = load_peft_weights(folder)
     own = base_slots(model.get_base_model())
     for name in base.fresh:
         path, _, leaf = name.rpartition(".")
         key = f"{paths[path]}.{leaf}"
         if prefix + name not in tensors:  # the adapter has trained a copy of its own
-            tensors[prefix + key] = getattr(*own[key]).detach().cpu()
-    write_weights(tensors, folder)
-    return sum(file.stat().st_size for file in folder.glob("adapter_*"))
+            tensors[prefix + key] = getattr(*own[key]).detach()
+    return tensors
+
+
+def adapter_size(model: PeftModel, base: Base) -> int:
+    """The size in bytes of the files that `save_adapter` would write; also of tensors without data."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.saved_config("default").save_pretrained(folder)
+        config = Path(folder, CONFIG_NAME).stat().st_size
+    return config + safetensors_size(adapter_tensors(model, base))
+
+
+def safetensors_size(tensors: Mapping[str, Tensor]) -> int:
+    """The size in bytes of a safetensors file of these: 8 for the length of the header, the header, the numbers."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": f"{KINDS.get(tensor.dtype, 'F')}{8 * tensor.element_size()}",
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end

@@ -51,6 +51,7 @@ class Base:
         model_id: the folder or hub id as the study names it.
         fingerprint: hash of configuration, weights, labels and seed; equal fingerprints mean equal outputs.
         fresh: names of the weights that the checkpoint lacks (a task head, a pooler), drawn from the seed instead.
+        kind: the type of device that is computed for; that of `device`, but in a plan for a device that is not here.
     """
 
     model: PreTrainedModel
@@ -60,6 +61,7 @@ class Base:
     model_id: str
     fingerprint: str
     fresh: tuple[str, ...]
+    kind: str
 
     @property
     def labels(self) -> list[str]:
@@ -177,6 +179,7 @@ def load_base(model: ModelSection, labels: list[str] | None, seed: int, device: 
         model_id=model.path,
         fingerprint=digest,
         fresh=tuple(sorted(fresh)),
+        kind=device.type,
     )
 
 

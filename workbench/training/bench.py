@@ -28,7 +28,7 @@ from .base import Base
 from .data import IGNORED, TaskData
 from .frozen import Activations
 from .layout import Group
-from .loop import Row, backward, check_finite, evaluate, in_order, measure, scores, taken_apart
+from .loop import Row, Scores, backward, check_finite, evaluate, in_order, measure, scores, taken_apart
 from .memory import Meter, add_up, out_of_memory, release, says_no_memory
 from .optimizer import step as optimizer_step
 from .packed import Known, Packed, Scored
@@ -51,6 +51,7 @@ class Bench:
     Args:
         cache: a folder for activations that all trials share.
         cache_gib: the limit of its size; 0: no activations are kept.
+        fault: why passes are padded, "" if they are packed, where that is known; else it is tried out.
 
     Attributes:
         fault: why the model's passes are padded; "" if they are packed.
@@ -58,7 +59,14 @@ class Bench:
         packing: how many trials a pass has; it learns from reports that it is shown.
     """
 
-    def __init__(self, base: Base, data: TaskData, cache: Path | None = None, cache_gib: float = 0.0):
+    def __init__(
+        self,
+        base: Base,
+        data: TaskData,
+        cache: Path | None = None,
+        cache_gib: float = 0.0,
+        fault: str | None = None,
+    ):
         self.base, self.data = base, data
         gc.collect()
         gc.freeze()  # what is there now stays, so the collection after each pass need not look at it
@@ -74,7 +82,8 @@ class Bench:
         if base.task == "CAUSAL_LM":  # virtual tokens could predict a row's first; metrics are over the others
             self.rows["validation"].labels[self.rows["validation"].starts[:-1]] = IGNORED
         packed = Packed(base)
-        self.fault = next(filter(None, (packed.fault(extremes(rows)) for rows in self.rows.values())), "")
+        tried = (packed.fault(extremes(rows)) for rows in self.rows.values())
+        self.fault = next(filter(None, tried), "") if fault is None else fault
         if not self.fault:
             self.packed = packed
             if cache and cache_gib:
@@ -103,7 +112,7 @@ class Bench:
                         trainee = Trainee(self.base, self.data, stint, self.packed, self.rows)
                         reports[stint.trial] = trainee.report
                         trainees.append(trainee)
-                self._prepare(trainees)
+                self.prepare(trainees)
                 for together in sharing(trainees):
                     meter = Meter(device)
                     with meter.phase("train"):
@@ -161,7 +170,7 @@ class Bench:
             if stint.adapter is not None:
                 report.adapter_bytes = save_adapter(trainee.model, self.base, stint.adapter)
 
-    def _prepare(self, trainees: Sequence[Trainee]) -> None:
+    def prepare(self, trainees: Sequence[Trainee]) -> None:
         """Have the activations at hand with which rows enter late; without room for them they enter at the bottom."""
         started = time.perf_counter()
         for trainee in (t for t in trainees if t.packed):
@@ -179,12 +188,12 @@ class Bench:
     def _advance(self, trainees: Sequence[Trainee], on_step: OnStep) -> None:
         """Train until all are done."""
         while live := [trainee for trainee in trainees if not trainee.done]:
-            with self._on_base(live):
+            with self.on_base(live):
                 while not any(trainee.done for trainee in live):
-                    self._step(live, on_step)
+                    self.step(live, on_step)
 
     @contextmanager
-    def _on_base(self, trainees: Sequence[Trainee], training: bool = True) -> Iterator[None]:
+    def on_base(self, trainees: Sequence[Trainee], training: bool = True) -> Iterator[None]:
         """Put the trials' adapters on the base, with what their passes need."""
         with ExitStack() as after:
             packed = self.packed if all(trainee.packed for trainee in trainees) else None
@@ -206,7 +215,7 @@ class Bench:
                 after.enter_context(packed.ready())
             yield
 
-    def _step(self, live: Sequence[Trainee], on_step: OnStep) -> None:
+    def step(self, live: Sequence[Trainee], on_step: OnStep) -> None:
         """One optimiser step of each trial."""
         batches = [trainee.batch() for trainee in live]
         for trainee in live:
@@ -298,7 +307,7 @@ class Bench:
         """Forward and backward of one batch through the model as it is, in parts of about one length."""
         settings, split = trainee.stint.settings, self.data.train
         lengths = [len(row) for row in split.features[batch.tolist()]["input_ids"]]
-        parts = [batch[part].tolist() for part in by_length(lengths, settings.micro_batch_size, self.base.device)]
+        parts = [batch[part].tolist() for part in by_length(lengths, settings.micro_batch_size, self.base.kind)]
         loss, tokens = backward(trainee.model, self.base, split, parts, settings.gradient_checkpointing)
         trainee.work += tokens
         trainee.report.tokens += tokens
@@ -320,7 +329,7 @@ class Bench:
     def _measured(self, trainees: Sequence[Trainee]) -> list[dict[str, float]]:
         """The metrics of the validation split for each trial."""
         split, size = self.data.validation, trainees[0].stint.settings.eval_batch_size
-        with self._on_base(trainees, training=False):
+        with self.on_base(trainees, training=False):
             if not trainees[0].packed:
                 return [evaluate(trainees[0].model, self.base, split, trainees[0].stint.settings)]
             found = self._score(trainees, self.rows["validation"], size)
@@ -336,19 +345,25 @@ class Bench:
         order = list(rows.lengths.argsort(stable=True).split(batch_size))
         found: list[list[Row]] = [[] for _ in trainees]
         for indices in order:
-            groups = [trainee.group(rows, indices) for trainee in trainees]
-            hidden = self.packed.hidden(groups, self._known)
-            if self.packed.pooled:
-                labels = rows.labels[indices].to(hidden.device)
-                for own, logits in zip(found, hidden.split(self.packed.layout.rows), strict=True):
-                    own += taken_apart([scores(logits, labels)], [1] * len(indices))
-                continue
-            for k, scored in enumerate(self.packed.scored(hidden)):
-                targets = groups[k].targets(self.base.task == "CAUSAL_LM") != IGNORED
-                counts = [int(part.sum()) for part in targets.split(groups[k].lengths.tolist())]
-                parts = [scores(self.packed.head(piece), piece.labels) for piece in self._pieces(scored)]
-                found[k] += taken_apart(parts, counts)
+            for own, (parts, counts) in zip(found, self.scores(trainees, rows, indices), strict=True):
+                own += taken_apart(parts, counts)
         return [in_order([indices.tolist() for indices in order], own) for own in found]
+
+    def scores(self, trainees: Sequence[Trainee], rows: Rows, indices: Tensor) -> list[tuple[list[Scores], list[int]]]:
+        """For each trial what is kept of the scored positions of some rows, and how many each row has."""
+        assert self.packed is not None
+        groups = [trainee.group(rows, indices) for trainee in trainees]
+        hidden = self.packed.hidden(groups, self._known)
+        if self.packed.pooled:
+            labels = rows.labels[indices].to(hidden.device)
+            each = hidden.split(self.packed.layout.rows)
+            return [([scores(logits, labels)], [1] * len(indices)) for logits in each]
+        found = []
+        for group, scored in zip(groups, self.packed.scored(hidden), strict=True):
+            targets = group.targets(self.base.task == "CAUSAL_LM") != IGNORED
+            counts = [int(part.sum()) for part in targets.split(group.lengths.tolist())]
+            found.append(([scores(self.packed.head(piece), piece.labels) for piece in self._pieces(scored)], counts))
+        return found
 
 
 def extremes(rows: Rows) -> Group:

@@ -48,7 +48,7 @@ class Activations:
         if lower:
             self.prepare(rows, lower, wanted[shelf.state[wanted] != KEPT])
         by_length = wanted[rows.lengths[wanted].argsort(stable=True)]
-        most = TOKENS_ON_CPU if self.packed.base.device.type == "cpu" else TOKENS
+        most = TOKENS_ON_CPU if self.packed.base.kind == "cpu" else TOKENS
         for state in (MISSING, BEGUN):  # then what another process began and has not finished
             for part in by_tokens(by_length[shelf.state[by_length] == state], rows, most):
                 part = part[shelf.state[part] <= state]

@@ -37,6 +37,17 @@ def halve(base: Base, split: Split) -> tuple[Base, Difference]:
     """Turn the base's weights into bfloat16, in place, and say what that changes on rows of a split."""
     batch = to_device(collate(split, range(min(ROWS, len(split)))), base.device)
     before = answers(base, batch)
+    halve_weights(base)
+    after = answers(base, batch)
+    difference = Difference(
+        float((after - before).abs().max() / before.abs().max().clamp_min(1e-6)),
+        float((after.argmax(-1) == before.argmax(-1)).float().mean()),
+    )
+    return replace(base, fingerprint=f"{base.fingerprint}-bf16"), difference
+
+
+def halve_weights(base: Base) -> None:
+    """Turn the base's weights into bfloat16, in place, but for a classifier's head."""
     network: Any = base.model
     heads = [network.get_submodule(name) for name in head_names(base)]
     whole = {id(module) for head in heads for module in head.modules()}
@@ -46,14 +57,8 @@ def halve(base: Base, split: Split) -> tuple[Base, Difference]:
                 tensor.data = tensor.data.bfloat16()
     for head in heads:
         head.register_forward_pre_hook(to_float)
-    if base.device.type == "cpu":
+    if base.kind == "cpu":
         network.config._attn_implementation = ATTENTION
-    after = answers(base, batch)
-    difference = Difference(
-        float((after - before).abs().max() / before.abs().max().clamp_min(1e-6)),
-        float((after.argmax(-1) == before.argmax(-1)).float().mean()),
-    )
-    return replace(base, fingerprint=f"{base.fingerprint}-bf16"), difference
 
 
 def head_names(base: Base) -> list[str]:

@@ -52,7 +52,7 @@ class Flat:
     def gather(self) -> list[Tensor]:
         """Take in the parameters' gradients, and their values where these were moved; the gradients."""
         for p, value in zip(self.parameters, self._values, strict=True):
-            if p.data_ptr() != value.data_ptr():  # a bias of the base that trials train in turn, say
+            if not p.data.is_set_to(value):  # a bias of the base that trials train in turn, say
                 p.data = value.copy_(p.data)
         every = [(own, p.grad) for p, own in zip(self.parameters, self._gradients, strict=True)]
         new = [(own, gradient) for own, gradient in every if gradient is not None]

@@ -424,7 +424,7 @@ def packed_attention(
     if window is not None and int(stage.lengths.max()) > window:
         raise NotImplementedError("sliding windows shorter than the sequences")
     dtype = query.dtype
-    precise = torch.float32 if query.device.type == "cpu" else dtype
+    precise = torch.float32 if current.base.kind == "cpu" else dtype
     buckets = stage.buckets
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     keys, values = (Pad.apply(t, buckets.padded, buckets.places) for t in (key, value))

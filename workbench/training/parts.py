@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 OVERHEAD = 150  # what a part more costs on a CPU, in tokens
 
 
-def by_length(lengths: Sequence[int], most: int | None, device: torch.device) -> list[list[int]]:
+def by_length(lengths: Sequence[int], most: int | None, kind: str) -> list[list[int]]:
     """Positions of rows, in parts of at most `most` rows whose padded size, with what each part costs, is least.
+
+    Args:
+        kind: the type of the device.
 
     On an accelerator a part more costs about as much as all others together: rows are only parted where `most` says so.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     most = most or len(order)
-    if device.type != "cpu":
+    if kind != "cpu":
         return [order[i : i + most] for i in range(0, len(order), most)]
     best: list[tuple[int, int]] = [(0, 0)]  # for the first rows: the least cost, and where the last part begins
     for end in range(1, len(order) + 1):
