@@ -44,7 +44,7 @@ def test_phases_entered_again_add_time_and_keep_the_peak(monkeypatch: pytest.Mon
     growth = iter([6.0, 7.0, 5.0])
 
     @memory.contextmanager
-    def fake(peaks):  # type: ignore[no-untyped-def]
+    def fake(device, peaks):  # type: ignore[no-untyped-def]
         yield
         peaks["process_peak_growth_mib"] = next(growth)
 

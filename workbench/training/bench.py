@@ -114,7 +114,7 @@ class Bench:
                         trainees.append(trainee)
                 self.prepare(trainees)
                 for together in sharing(trainees):
-                    meter = Meter(device)
+                    meter = self._meter(together)
                     with meter.phase("train"):
                         self._in_halves(lambda own: self._advance(own, on_step), together)
                     share(meter, together, [trainee.work for trainee in together])
@@ -182,6 +182,18 @@ class Bench:
                         entry[entry == layer] = 0
         if self.store is not None:
             add_up(self.shared_costs, {"seconds/activations": time.perf_counter() - started})
+
+    def _meter(self, trainees: Sequence[Trainee]) -> Meter:
+        """What measures a pass."""
+        tracked = trainees[0].stint.settings.track_memory
+        return Meter(self.base.device, (lambda: self.tensors(trainees)) if tracked else None)
+
+    def tensors(self, trainees: Sequence[Trainee]) -> Iterator[Tensor]:
+        """What is there as long as these trials share a pass: the base's tensors and theirs."""
+        yield from self.base.model.parameters()
+        yield from self.base.model.buffers()
+        for trainee in trainees:
+            yield from trainee.tensors()
 
     # ---------------------------------------------------------------- steps
 
@@ -317,7 +329,7 @@ class Bench:
 
     def _evaluate(self, trainees: Sequence[Trainee]) -> None:
         """Measure trials that share a pass on the validation split."""
-        meter = Meter(self.base.device)
+        meter = self._meter(trainees)
         with meter.phase("eval"), torch.no_grad():
             found = self._measured(trainees)
         share(meter, trainees, [trainee.work_of(self.rows.get("validation")) for trainee in trainees])

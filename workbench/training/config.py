@@ -101,6 +101,9 @@ class TrainingSection(Section):
         ge=0,
         description="Limit on disk for activations of the frozen layers below all that trains, which trials share.",
     )
+    track_memory: bool = Field(
+        False, description="Count the bytes of all tensors exactly, and predict them beside; steps take a bit longer."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
 
     @property

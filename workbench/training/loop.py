@@ -106,6 +106,8 @@ def train(
     schedule = get_scheduler(SCHEDULES[settings.schedule], optimizer, rising, settings.steps)
     order = batches(len(data.train), settings.batch_size, settings.steps, order_seed)
     result = Result(meter or Meter(base.device))
+    if settings.track_memory:
+        result.meter.held = lambda: [*model.parameters(), *model.buffers(), *state_of(optimizer, parameters)]
     step = 0
     with seeded(seed, base.device), gradients_cleared(model):
         for stop in settings.eval_steps:
@@ -133,6 +135,14 @@ def train(
             result.best = better(base, result.best, result.metrics)
             on_eval(step, result.metrics)
     return result
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What an optimiser keeps of its parameters, and their gradients."""
+    for parameter in parameters:
+        yield from (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
+        if parameter.grad is not None:
+            yield parameter.grad
 
 
 def backward(

@@ -7,14 +7,17 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from workbench.errors import OutOfMemory
+
+from .tracker import Tracker
 
 MIB = 2**20
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -25,13 +28,19 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Meter:
     """Measures phases such as load, train and eval, which may be entered many times.
 
-    `metrics` holds, for each phase, `seconds/<phase>` (the sum) and peaks in MiB (the highest): on CUDA
-    `cuda_peak_allocated_mib/<phase>` and `cuda_peak_reserved_mib/<phase>`, else `process_peak_growth_mib/<phase>`: how
-    far the process's memory rose above where it stood when the phase began.
+    `metrics` holds, for each phase, `seconds/<phase>` (the sum) and memory in MiB (the highest). A name says what it
+    is: on CUDA `cuda_peak_allocated_mib/<phase>`, `cuda_peak_reserved_mib/<phase>` and, when the phase ends, the
+    largest piece that the allocator holds, `cuda_largest_block_mib/<phase>`; on Apple's MPS `mps_sampled_allocated_mib/<phase>`
+    and `mps_sampled_driver_mib/<phase>`; else `process_peak_growth_mib/<phase>`: how far the process's memory rose
+    above where it stood when the phase began.
+
+    Args:
+        held: gives the tensors that are there when a phase begins; if given, `tensor_peak_mib/<phase>` is counted, the
+            exact peak of these and of all that the phase makes. Steps take a little longer then.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, held: Callable[[], Iterable[Tensor]] | None = None):
+        self.device, self.held = device, held
         self.metrics: dict[str, float] = {}
 
     @contextmanager
@@ -39,13 +48,25 @@ class Meter:
         """Measure what happens inside; phases do not nest."""
         peaks: dict[str, float] = {}
         start = time.perf_counter()
+        watch = {"cuda": cuda_peak, "mps": mps_peak}.get(self.device.type, process_peak)
+        tracked = nullcontext() if self.held is None else tensor_peak(self.held(), peaks)
         try:
-            with cuda_peak(self.device, peaks) if self.device.type == "cuda" else process_peak(peaks):
+            with watch(self.device, peaks), tracked:
                 yield
         finally:
             add_up(self.metrics, {f"seconds/{name}": time.perf_counter() - start})
             for key, mib in peaks.items():
                 self.metrics[f"{key}/{name}"] = max(mib, self.metrics.get(f"{key}/{name}", 0.0))
+
+
+@contextmanager
+def tensor_peak(held: Iterable[Tensor], peaks: dict[str, float]) -> Iterator[None]:
+    """The bytes of all tensors, counted as they come and go."""
+    with Tracker(held) as tracker:
+        try:
+            yield
+        finally:
+            peaks["tensor_peak_mib"] = tracker.peak / MIB
 
 
 @contextmanager
@@ -59,12 +80,30 @@ def cuda_peak(device: torch.device, peaks: dict[str, float]) -> Iterator[None]:
         torch.cuda.synchronize(device)
         peaks["cuda_peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / MIB
         peaks["cuda_peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / MIB
+        blocks = [block["size"] for segment in torch.cuda.memory_snapshot() for block in segment["blocks"]]
+        peaks["cuda_largest_block_mib"] = max(blocks, default=0) / MIB
 
 
 @contextmanager
-def process_peak(peaks: dict[str, float]) -> Iterator[None]:
+def mps_peak(device: torch.device, peaks: dict[str, float]) -> Iterator[None]:
+    """What PyTorch's allocator holds on Apple's GPU, and what Metal gave it; it keeps no peaks, so both are sampled."""
+    with (
+        sampled(torch.mps.current_allocated_memory, peaks, "mps_sampled_allocated_mib"),
+        sampled(torch.mps.driver_allocated_memory, peaks, "mps_sampled_driver_mib"),
+    ):
+        yield
+
+
+@contextmanager
+def process_peak(device: torch.device, peaks: dict[str, float]) -> Iterator[None]:
     """Growth of the process's resident memory: exact where Linux lets its high-water mark be reset, else sampled."""
-    with high_water_mark(peaks) if reset_high_water_mark() else sampled(peaks):
+    key, process = "process_peak_growth_mib", psutil.Process()
+    if reset_high_water_mark():
+        with high_water_mark(peaks, key):
+            yield
+        return
+    start = process.memory_info().rss
+    with sampled(lambda: process.memory_info().rss - start, peaks, key):
         yield
 
 
@@ -84,23 +123,23 @@ def status(field: str) -> int:
 
 
 @contextmanager
-def high_water_mark(peaks: dict[str, float]) -> Iterator[None]:
+def high_water_mark(peaks: dict[str, float], key: str) -> Iterator[None]:
     start = status("VmRSS")
     try:
         yield
     finally:
-        peaks["process_peak_growth_mib"] = max(0, status("VmHWM") - start) / MIB
+        peaks[key] = max(0, status("VmHWM") - start) / MIB
 
 
 @contextmanager
-def sampled(peaks: dict[str, float]) -> Iterator[None]:
-    process, done = psutil.Process(), threading.Event()
-    start = highest = process.memory_info().rss
+def sampled(read: Callable[[], int], peaks: dict[str, float], key: str) -> Iterator[None]:
+    """The highest of some bytes that are read many times a second."""
+    done, highest = threading.Event(), max(0, read())
 
     def sample() -> None:
         nonlocal highest
         while not done.wait(SAMPLE_SECONDS):
-            highest = max(highest, process.memory_info().rss)
+            highest = max(highest, read())
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -109,7 +148,7 @@ def sampled(peaks: dict[str, float]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        peaks["process_peak_growth_mib"] = max(0, highest - start, process.memory_info().rss - start) / MIB
+        peaks[key] = max(highest, read()) / MIB
 
 
 def add_up(costs: dict[str, float], more: Mapping[str, float]) -> None:

@@ -49,6 +49,11 @@ class Flat:
         parts = flat.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All four."""
+        return [self.value, self.gradient, self.exp_avg, self.exp_avg_sq]
+
     def gather(self) -> list[Tensor]:
         """Take in the parameters' gradients, and their values where these were moved; the gradients."""
         for p, value in zip(self.parameters, self._values, strict=True):

@@ -8,16 +8,16 @@ counted, for a model that does not fit here.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from unittest import mock
 
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.meta_utils import MetaConverter
 from transformers import PreTrainedModel
@@ -32,6 +32,7 @@ from .halved import halve_weights
 from .layout import Group
 from .loop import by_length, to_device
 from .packed import Packed
+from .parts import by_length as parted
 from .rows import Rows
 from .stint import Stint
 from .tracker import Tracker, tensors
@@ -91,6 +92,15 @@ class Rehearsal(Tracker):
         super().__init__()
         self._blank = blank
 
+    def __enter__(self) -> Self:
+        self._patch = mock.patch.object(FakeTensor, "__deepcopy__", copied, create=True)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
+
     def perform(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
@@ -110,6 +120,13 @@ class Rehearsal(Tracker):
             return out if given or out.is_floating_point() else func(*args, **kwargs)
         finally:  # a module whose tensors are known there by weak references refuses to change their type
             self._blank.fake_tensor_converter.meta_converter = MetaConverter()
+
+
+def copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    """A copy of a tensor without data; PyTorch's own would copy memory that is not there."""
+    copy = tensor.detach().clone()
+    memo[id(tensor)] = copy = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    return copy
 
 
 def spelt_out(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -204,7 +221,7 @@ class Unwritten(Activations):
 
 
 def rehearse(bench: Bench, stints: Sequence[Stint]) -> Need:
-    """What a pass of these stints needs at its heaviest batches, which are those with the most tokens.
+    """What a pass of these stints needs, should the heaviest batch of each come in the same step.
 
     What evaluation needs to produce texts is not counted.
 
@@ -216,8 +233,7 @@ def rehearse(bench: Bench, stints: Sequence[Stint]) -> Need:
     """
     network: Any = bench.base.model
     trainees: list[Trainee] = []
-    with warnings.catch_warnings(), Rehearsal(next(network.parameters()).fake_mode) as rehearsal:
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # in copying a module
+    with Rehearsal(next(network.parameters()).fake_mode) as rehearsal:
         for tensor in (*network.parameters(), *network.buffers()):
             rehearsal.note(tensor)
         weights = rehearsal.now
@@ -228,13 +244,22 @@ def rehearse(bench: Bench, stints: Sequence[Stint]) -> Need:
             kept = rehearsal.now - weights
             files = sum(file_size(trainee) for trainee in trainees)
             train = step_peak(rehearsal, bench, trainees)
+            grown = rehearsal.now - weights - kept  # what a method keeps from its first step on
             evaluation = evaluation_peak(rehearsal, bench, trainees)
         finally:
             for trainee in trainees:
                 trainee.remove()
     trained = sum(flat.value.nbytes for trainee in trainees for flat in trainee.optimizer.flats)
-    trainable = sum(trainee.report.trainable for trainee in trainees)
-    return Need(weights, kept - 3 * trained, trained, 2 * trained, train, evaluation, files, trainable)
+    return Need(
+        weights=weights,
+        adapter=kept + grown - 3 * trained,
+        gradients=trained,
+        moments=2 * trained,
+        train=train + grown,
+        evaluation=evaluation,
+        files=files,
+        trainable=sum(trainee.report.trainable for trainee in trainees),
+    )
 
 
 def file_size(trainee: Trainee) -> int:
@@ -245,8 +270,12 @@ def file_size(trainee: Trainee) -> int:
 
 def step_peak(rehearsal: Rehearsal, bench: Bench, trainees: Sequence[Trainee]) -> int:
     """Bytes at the peak of a training step."""
+    split = bench.data.train
     for trainee in trainees:
-        trainee.pending = torch.tensor(heaviest(bench.data.train, train_batches(bench.data, trainee.stint)))
+        settings = trainee.stint.settings
+        every = batches(len(split), settings.batch_size, settings.steps, trainee.stint.order_seed)
+        load = Load(trainee, "train", split, settings.micro_batch_size)
+        trainee.pending = torch.tensor(max(every, key=load))
     rehearsal.reset()
     with bench.on_base(trainees):
         bench.step(trainees, lambda trial, step, loss: None)
@@ -255,27 +284,37 @@ def step_peak(rehearsal: Rehearsal, bench: Bench, trainees: Sequence[Trainee]) -
 
 def evaluation_peak(rehearsal: Rehearsal, bench: Bench, trainees: Sequence[Trainee]) -> int:
     """Bytes at the peak of a batch of evaluation."""
-    split = bench.data.validation
-    batch = heaviest(split, by_length(split, trainees[0].stint.settings.eval_batch_size))
+    split, first = bench.data.validation, trainees[0]
+    every = by_length(split, first.stint.settings.eval_batch_size)
+    batch = max(every, key=Load(first, "validation", split))
     rehearsal.reset()
     with torch.no_grad(), bench.on_base(trainees, training=False):
-        if trainees[0].packed:
+        if first.packed:
             bench.scores(trainees, bench.rows["validation"], torch.tensor(batch))
         else:
-            trainees[0].model(**to_device(collate(split, batch), bench.base.device)).logits.float()
+            first.model(**to_device(collate(split, batch), bench.base.device)).logits.float()
     return rehearsal.peak
 
 
-def train_batches(data: TaskData, stint: Stint) -> list[list[int]]:
-    """The rows of each step of a trial."""
-    settings = stint.settings
-    return list(batches(len(data.train), settings.batch_size, settings.steps, stint.order_seed))
+class Load:
+    """Says how much goes through the model at once for a batch: tokens times layers, or tokens with padding.
 
+    Args:
+        name: of the split.
+        most: rows that go through at once; None: all.
+    """
 
-def heaviest(split: Split, every: Sequence[Sequence[int]]) -> Sequence[int]:
-    """The batch with the most tokens."""
-    lengths = [len(ids) for ids in split.features["input_ids"]]
-    return max(every, key=lambda rows: sum(lengths[row] for row in rows))
+    def __init__(self, trainee: Trainee, name: str, split: Split, most: int | None = None):
+        self.most, self.kind, self.packed = most, trainee.base.kind, trainee.packed
+        self.lengths = torch.tensor([len(ids) for ids in split.features["input_ids"]])
+        self.work = self.lengths * (1 + trainee.depth - trainee.entry[name]) if self.packed else self.lengths
+
+    def __call__(self, batch: Sequence[int]) -> int:
+        rows = torch.tensor(batch)
+        if self.packed:
+            return max(int(part.sum()) for part in self.work[rows].split(self.most or len(rows)))
+        lengths = self.lengths[rows].tolist()
+        return max(len(part) * max(lengths[i] for i in part) for part in parted(lengths, self.most, self.kind))
 
 
 # ---------------------------------------------------------------- padded or packed

@@ -93,6 +93,15 @@ class Trainee:
             seed_dropout(self.model, lambda number: functools.partial(self._mask, packed, number))
         self.draws = not self.packed or any(part.draws for _, part in self.model.base_model.parts(NAME))
 
+    def tensors(self) -> Iterator[Tensor]:
+        """What the trial keeps between steps."""
+        for _, part in self.model.base_model.parts(NAME):
+            yield from part.parameters()
+            yield from part.buffers()
+        yield from self.model.base_model.memory_of(NAME).values()
+        for flat in self.optimizer.flats:
+            yield from flat.tensors
+
     def remove(self) -> None:
         """Take the adapter off for good."""
         self.model.base_model.attach()
