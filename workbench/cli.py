@@ -121,6 +121,45 @@ def validate(study: StudyFile) -> None:
 
 
 @app.command()
+def plan(
+    study: StudyFile,
+    device: Annotated[
+        str | None, typer.Option(help="Plan for this device (cpu, cuda ...), be it here or not.", show_default=False)
+    ] = None,
+    vram_gib: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GiB that a pass may take, in place of the file's.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        int, typer.Option(min=0, help="Train so many steps of each method, with the weights, to tell the time.")
+    ] = 0,
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+    storage: Storage = None,
+) -> None:
+    """Show what a study will need before it runs: parameters, bytes, peaks of memory, what does not fit, and why.
+
+    Of each method the corners of its search space are rehearsed on tensors without data: no weights are read and no GPU
+    is needed. With trials of this study in the store, or with --measure, it also tells the time.
+    """
+    from rich.console import Console
+
+    from workbench.sweep.plan import plan as make
+    from workbench.sweep.plan_table import rendered
+    from workbench.sweep.spec import load_study
+
+    loaded = load_study(study)
+    progress = Console(stderr=True, highlight=False)
+    with progress.status("planning ...") as status:
+        made = make(loaded, stores(home, tracking_uri, storage), status.update, device, vram_gib, measure)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    for part in rendered(made, os.cpu_count() or 1):
+        console.print(part, soft_wrap=isinstance(part, str), markup=not isinstance(part, str))
+    if not any(not verdict.refusal for verdict in made.verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of study files, for editors that check and complete YAML."""
     from workbench.sweep.schema import json_schema

@@ -13,13 +13,16 @@ from optuna.trial import TrialState
 from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun
 from workbench.training.bench import Report
+from workbench.training.memory import MIB
 
 from .budget import PROGRESS, RESUMES
 from .domains import Tokens
+from .planning import OUTCOME, Verdict
 from .space import TrialConfig, brief
 from .spec import Study
 
-OUTCOME = "outcome"  # attribute of a trial
+VRAM = "vram_gib"  # name of a constraint, and attribute of a trial that has it
+EXACT = ("cuda_peak_allocated_mib", "tensor_peak_mib")  # measured peaks that a prediction can be held against
 INTERRUPTED = "stopped by Ctrl-C; the next `workbench sweep` of this study finishes it"
 
 
@@ -88,13 +91,14 @@ class Record:
 
     Attributes:
         counted: whether the numbers of parameters are noted.
+        exceeds: whether the trial is predicted to need more than the study allows.
     """
 
     def __init__(self, books: Books, trial: optuna.Trial, config: TrialConfig, run: TrialRun, progress: Progress):
         self.books, self.trial, self.config, self.run, self.progress = books, trial, config, run, progress
         stored = books.optuna_study.get_trials(deepcopy=False)[trial.number]
         self._reported = set(stored.intermediate_values)  # before a crash
-        self.counted = False
+        self.counted = self.exceeds = False
         self._shared = 1
         self._saved: dict[str, Any] = {}
 
@@ -103,6 +107,24 @@ class Record:
         share = 100 * trainable / total
         self.run.log(0, {"trainable_params": trainable, "all_params": total, "trainable_percent": share})
         self.counted = True
+
+    def predicted(self, verdict: Verdict, limit: int | None) -> None:
+        """Note what the trial is predicted to need, for Optuna as a constraint."""
+        if verdict.unknown:
+            self.run.tag("workbench.unpredicted", verdict.unknown)
+        if verdict.need is None:
+            return
+        need = verdict.need
+        peaks = {"load": need.weights, "train": need.train, "eval": need.evaluation}
+        parts = ("weights", "adapter", "gradients", "moments", "activations")
+        self.run.log(0, {f"predicted_peak_mib/{phase}": peak / MIB for phase, peak in peaks.items()})
+        self.run.log(0, {f"predicted_mib/{part}": getattr(need, part) / MIB for part in parts})
+        if limit is not None:
+            excess = (need.peak - limit) / 2**30
+            self.exceeds = excess > 0
+            if VRAM not in self.trial.user_attrs:  # the trial may have been cut off before
+                self.trial.set_constraint(VRAM, excess)
+                self.trial.set_user_attr(VRAM, excess)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note an evaluation, in MLflow before Optuna: what Optuna knows has been recorded."""
@@ -143,15 +165,17 @@ class Record:
 
     def end(self, outcome: Outcome, message: str = "", trace: str = "") -> None:
         """Close both with the trial's outcome."""
-        self.run.log(0, self.progress.costs | {"seconds/total": self.progress.seconds})
+        costs = self.progress.costs
+        self.run.log(0, costs | prediction_errors(costs) | {"seconds/total": self.progress.seconds})
         self.run.end(outcome, message, trace)
         self._save()
         self.trial.set_user_attr(OUTCOME, outcome)
         tell = self.books.optuna_study.tell
         if outcome == "complete":
             tell(self.trial, self.objective)
-        else:
-            tell(self.trial, state=TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL)
+        else:  # Optuna's samplers learn from constraints of pruned trials, not of failed ones
+            given_up = outcome == "pruned" or self.exceeds
+            tell(self.trial, state=TrialState.PRUNED if given_up else TrialState.FAIL)
 
     def _save(self) -> None:
         if (progress := asdict(self.progress)) != self._saved:  # each write to Optuna takes milliseconds
@@ -162,6 +186,17 @@ class Record:
     def objective(self) -> float | None:
         """The study's metric at the last evaluation."""
         return self.progress.metrics.get(self.books.study.objective.metric)
+
+
+def prediction_errors(costs: Mapping[str, float]) -> dict[str, float]:
+    """How far a pass was predicted beyond the exact peak that was measured, in percent, by phase."""
+    found = {}
+    for phase in ("train", "eval"):
+        measured = next((costs[key] for kind in EXACT if (key := f"{kind}/{phase}") in costs), None)
+        predicted = costs.get(f"predicted_pass_mib/{phase}")
+        if measured and predicted:
+            found[f"prediction_error_percent/{phase}"] = 100 * (predicted / measured - 1)
+    return found
 
 
 def outcome(error: Exception) -> Outcome:

@@ -25,6 +25,7 @@ from .budget import SECONDS, Clock, spent
 from .checkpoints import Checkpoints
 from .display import Display
 from .interrupt import Interrupt
+from .planning import Planner
 from .pool import crew
 from .preflight import preflight
 from .record import Books
@@ -69,7 +70,7 @@ def sweep(
         for number in pruned:
             check_pruned(study, stores.home, known, number)
 
-        meter = Meter(pick_device(study.training.device))
+        meter = Meter(pick_device(study.training.device), list if study.training.track_memory else None)
         with display.waiting("reading the data and loading the base model"), meter.phase("load"):
             raw = read_data(study.data, study.model.task)
             base = load_base(study.model, raw.labels or None, study.training.seed, study.training.device)
@@ -82,6 +83,8 @@ def sweep(
         team = crew(shop, interrupt, workers, in_flight(study))
         preflight(study, shop.base, shop.data(()).train)
 
+        planner = Planner.beside(shop) if foresees(study, shop) else None
+
         with display.waiting("opening the stores"):
             tracking = open_tracking(stores.tracking, stores.artifacts)
             optuna_study = open_optuna(study, stores, f"{shop.base.fingerprint}:{shop.data(()).fingerprint}")
@@ -92,10 +95,10 @@ def sweep(
         status = "FAILED"
         try:
             if alone:
-                solo.run(books, shop, clock, display, interrupt)
+                solo.run(books, shop, clock, display, interrupt, planner)
             else:
                 checkpoints = Checkpoints(stores.home, optuna_study)
-                Scheduler(books, shop, team, checkpoints, clock, display, interrupt).run(pruned)
+                Scheduler(books, shop, team, checkpoints, clock, display, interrupt, planner).run(pruned)
             names = {key: f"seconds/shared_{key.removeprefix('seconds/')}" for key in shop.shared_costs}
             parent.summary({names[key]: seconds for key, seconds in shop.shared_costs.items()})
             display.ended(clock.session)
@@ -108,6 +111,11 @@ def sweep(
         finally:
             parent.end(status)  # type: ignore[arg-type]
         return optuna_study.get_trials(deepcopy=False)
+
+
+def foresees(study: Study, shop: Workshop) -> bool:
+    """Whether memory is predicted: where it is limited, and where what is measured can be held against it."""
+    return study.memory_limit is not None or study.training.track_memory or shop.base.device.type == "cuda"
 
 
 @contextmanager

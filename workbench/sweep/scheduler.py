@@ -23,6 +23,7 @@ from .budget import PROGRESS, RESUMES, Clock, counted, spent
 from .checkpoints import Checkpoints
 from .display import Display
 from .interrupt import Interrupt
+from .planning import Planner, check_patience
 from .pool import Crew
 from .record import INTERRUPTED, OUTCOME, Books, Progress, Record, outcome
 from .space import HALVING, decisions, in_flight, sampler, suggest
@@ -61,7 +62,11 @@ class Live:
 
 
 class Scheduler:
-    """Runs the trials of a study until its budget is spent."""
+    """Runs the trials of a study until its budget is spent.
+
+    Args:
+        planner: predicts what trials need; None: nobody asks.
+    """
 
     def __init__(
         self,
@@ -72,10 +77,12 @@ class Scheduler:
         clock: Clock,
         display: Display,
         interrupt: Interrupt,
+        planner: Planner | None = None,
     ):
         self.books, self.study, self.optuna_study = books, books.study, books.optuna_study
         self.shop, self.crew, self.checkpoints = shop, crew, checkpoints
         self.clock, self.display, self.interrupt = clock, display, interrupt
+        self.planner = planner
         self.live: dict[int, Live] = {}
         self._pace: dict[int | str, float] = {}  # seconds a step, of a trial and of its label
 
@@ -133,6 +140,7 @@ class Scheduler:
             trials = self.optuna_study.get_trials(deepcopy=False)
             if spent(self.study, trials, self.clock.seconds):
                 return
+            check_patience(self.study, trials)
             # the sampler starts anew for each, so that what is drawn depends on the trials before, not on restarts
             self.optuna_study.sampler = sampler(self.study, len(counted(trials)))
             self._enter(self.optuna_study.ask())
@@ -153,6 +161,11 @@ class Scheduler:
         self.display.trial(trial.number, config, progress.step, live.resumes)
         if progress.step == self.study.training.steps:  # all but the outcome was recorded
             self._end(live, "complete")
+        elif self.planner and not progress.step:
+            verdict = self.planner.judge(config)
+            record.predicted(verdict, self.planner.limit)
+            if verdict.refusal:
+                self._end(live, "infeasible", verdict.refusal)
 
     # ---------------------------------------------------------------- a round
 
@@ -178,6 +191,8 @@ class Scheduler:
         if not waiting:
             return []
         passes = self.shop.passes([self._job(live) for live in waiting])
+        if self.planner:
+            passes = [own for jobs in passes for own in self.planner.fitting(jobs)]
 
         def urgency(jobs: list[Job]) -> tuple[bool, float]:
             lives = [self.live[job.trial] for job in jobs]
@@ -221,6 +236,8 @@ class Scheduler:
     def _on_reports(self, reports: Sequence[Report]) -> None:
         """Record what came of a pass."""
         self.shop.bench.packing.observe(reports)
+        if self.planner:
+            self.planner.note(reports, [self.live[report.trial].record.config for report in reports])
         for report in reports:
             live = self.live[report.trial]
             at_end = report.step == self.study.training.steps

@@ -20,16 +20,19 @@ from workbench.training.memory import Meter, release
 from .budget import Clock, counted, spent
 from .display import Display
 from .interrupt import Interrupt
+from .planning import Planner, check_patience
 from .record import INTERRUPTED, Books, outcome
 from .space import sampler, suggest
 from .workshop import Workshop, as_failure
 
 
-def run(books: Books, shop: Workshop, clock: Clock, display: Display, interrupt: Interrupt) -> None:
+def run(
+    books: Books, shop: Workshop, clock: Clock, display: Display, interrupt: Interrupt, planner: Planner | None
+) -> None:
     """Train until the budget is spent."""
     for trial in trials(books, clock):
         interrupt.check()
-        run_trial(trial, books, shop, display, interrupt)
+        run_trial(trial, books, shop, display, interrupt, planner)
         clock.save()
 
 
@@ -40,11 +43,19 @@ def trials(books: Books, clock: Clock) -> Iterator[optuna.Trial]:
         optuna_study.sampler = sampler(study, cut_off.number)
         yield optuna.Trial(optuna_study, cut_off._trial_id)
     while not spent(study, found := optuna_study.get_trials(deepcopy=False), clock.seconds):
+        check_patience(study, found)
         optuna_study.sampler = sampler(study, len(counted(found)))
         yield optuna_study.ask()
 
 
-def run_trial(trial: optuna.Trial, books: Books, shop: Workshop, display: Display, interrupt: Interrupt) -> None:
+def run_trial(
+    trial: optuna.Trial,
+    books: Books,
+    shop: Workshop,
+    display: Display,
+    interrupt: Interrupt,
+    planner: Planner | None,
+) -> None:
     """One trial, from its parameters to a typed outcome. Only Ctrl-C and broken stores come out as exceptions."""
     config = suggest(trial, shop.study)
     settings = shop.settings(config)
@@ -64,6 +75,13 @@ def run_trial(trial: optuna.Trial, books: Books, shop: Workshop, display: Displa
         if step < settings.steps and trial.should_prune():
             raise optuna.TrialPruned(f"worse than others at step {step}")
 
+    if planner:
+        verdict = planner.judge(config)
+        record.predicted(verdict, planner.limit)
+        if verdict.refusal:
+            record.end("infeasible", verdict.refusal)
+            display.finished(trial.number, "infeasible", verdict.refusal, None, 0.0)
+            return
     ending: tuple[Outcome, str, str] = ("complete", "", "")
     try:
         with (

@@ -65,6 +65,17 @@ class BudgetSection(Section):
         return self
 
 
+class ConstraintsSection(Section):
+    """What a trial must keep to. One that would not, as predicted, is answered as infeasible and not trained."""
+
+    vram_gib: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB on the device for a pass: base, adapters, optimiser, activations; on a CPU, of one worker.",
+    )
+
+
 class SearchSection(Section):
     """How values are chosen and when a trial is given up."""
 
@@ -96,6 +107,7 @@ class StudyFile(Section):
     methods: dict[str, Any] = Field(min_length=1, description="The methods to search, each under a label of its own.")
     objective: ObjectiveSection = ObjectiveSection()
     budget: BudgetSection
+    constraints: ConstraintsSection = ConstraintsSection()
     search: SearchSection = SearchSection()
 
 
@@ -148,9 +160,16 @@ class Study(Section):
     methods: dict[str, MethodSpec]
     objective: Objective
     budget: BudgetSection
+    constraints: ConstraintsSection
     search: SearchSection
     path: Path
     text: str
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that a pass may take on its device; None: any number."""
+        limit = self.constraints.vram_gib
+        return None if limit is None else int(limit * 2**30)
 
     def to_compare(self, metrics: dict[str, float]) -> float:
         """What a pruner compares at an evaluation, in the direction of the objective as Optuna wants it: the negative
@@ -192,6 +211,7 @@ def load_study(path: str | Path) -> Study:
         methods=methods,
         objective=_objective(file),
         budget=file.budget,
+        constraints=file.constraints,
         search=file.search,
         path=Path(path),
         text=source.text,

@@ -160,7 +160,8 @@ def load_base(model: ModelSection, labels: list[str] | None, seed: int, device: 
         device: a torch device, or "auto" for a GPU if there is one.
 
     Raises:
-        ModelError: the model or its tokenizer is missing, unreadable, pickled or not made for the task.
+        ModelError: the model or its tokenizer is missing, unreadable, pickled or not made for the task, or the device is
+            not here.
     """
     device = pick_device(device)
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -183,13 +184,31 @@ def load_base(model: ModelSection, labels: list[str] | None, seed: int, device: 
     )
 
 
-def pick_device(device: str | torch.device) -> torch.device:
-    """A torch device; "auto" takes CUDA, then Apple's MPS, then the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(device: str | torch.device, absent: bool = False) -> torch.device:
+    """A torch device; "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Args:
+        absent: it may be one that cannot be used here.
+
+    Raises:
+        ModelError: there is no device of this name.
+    """
+    if device == "auto":
+        kinds = ("cuda", "mps", "cpu")
+        return next(found for kind in kinds if available(found := torch.device(kind)))
+    with blame(f"training.device: {str(device)!r} is no device"):
+        named = torch.device(device)
+    if not absent and not available(named):
+        raise ModelError(f"training.device: {named} cannot be used here; leave it out to take what there is.")
+    return named
+
+
+def available(device: torch.device) -> bool:
+    """Whether this process can use a device."""
+    if device.type == "cpu":
+        return True
+    backend: Any = getattr(torch, device.type, None)
+    return backend is not None and backend.is_available() and (device.index or 0) < backend.device_count()
 
 
 def load_config(model: ModelSection, labels: list[str] | None) -> PretrainedConfig:

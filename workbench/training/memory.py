@@ -30,9 +30,9 @@ class Meter:
 
     `metrics` holds, for each phase, `seconds/<phase>` (the sum) and memory in MiB (the highest). A name says what it
     is: on CUDA `cuda_peak_allocated_mib/<phase>`, `cuda_peak_reserved_mib/<phase>` and, when the phase ends, the
-    largest piece that the allocator holds, `cuda_largest_block_mib/<phase>`; on Apple's MPS `mps_sampled_allocated_mib/<phase>`
-    and `mps_sampled_driver_mib/<phase>`; else `process_peak_growth_mib/<phase>`: how far the process's memory rose
-    above where it stood when the phase began.
+    largest piece that the allocator holds, `cuda_largest_block_mib/<phase>`; on Apple's MPS
+    `mps_sampled_allocated_mib/<phase>` and `mps_sampled_driver_mib/<phase>`; else `process_peak_growth_mib/<phase>`:
+    how far the process's memory rose above where it stood when the phase began.
 
     Args:
         held: gives the tensors that are there when a phase begins; if given, `tensor_peak_mib/<phase>` is counted, the

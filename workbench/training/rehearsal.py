@@ -23,7 +23,7 @@ from torch._subclasses.meta_utils import MetaConverter
 from transformers import PreTrainedModel
 
 from .adapted import adapter_size
-from .base import Base, adopt_special_tokens, load_config, load_model, load_tokenizer, quiet
+from .base import Base, adopt_special_tokens, available, load_config, load_model, load_tokenizer, quiet
 from .bench import Bench
 from .config import ModelSection
 from .data import Split, TaskData, batches, collate
@@ -151,7 +151,7 @@ def blank_base(model: ModelSection, labels: list[str] | None, device: torch.devi
     Raises:
         ModelError: the configuration or the tokenizer is missing or unreadable, or not made for the task.
     """
-    here = device if device.type == "cpu" or available(device) else torch.device("cpu")
+    here = device if available(device) else torch.device("cpu")
     with quiet():
         config, tokenizer = load_config(model, labels), load_tokenizer(model)
         adopt_special_tokens(config, tokenizer)
@@ -163,11 +163,6 @@ def blank_base(model: ModelSection, labels: list[str] | None, device: torch.devi
     if precision == "bf16":
         halve_weights(base)
     return base
-
-
-def available(device: torch.device) -> bool:
-    """Whether this process can use a device of this type."""
-    return bool(getattr(torch, device.type).is_available())
 
 
 def lacking(network: PreTrainedModel, folder: Path) -> tuple[str, ...]:
@@ -220,13 +215,14 @@ class Unwritten(Activations):
 # ---------------------------------------------------------------- the rehearsal
 
 
-def rehearse(bench: Bench, stints: Sequence[Stint]) -> Need:
+def rehearse(bench: Bench, stints: Sequence[Stint], peaks: tuple[int, int] | None = None) -> Need:
     """What a pass of these stints needs, should the heaviest batch of each come in the same step.
 
     What evaluation needs to produce texts is not counted.
 
     Args:
         bench: see `blank_bench`.
+        peaks: of training and evaluation, if these are known; then the trials are only put on the base.
 
     Raises:
         AdapterError: a trial cannot be put on the base.
@@ -243,9 +239,9 @@ def rehearse(bench: Bench, stints: Sequence[Stint]) -> Need:
             bench.prepare(trainees)
             kept = rehearsal.now - weights
             files = sum(file_size(trainee) for trainee in trainees)
-            train = step_peak(rehearsal, bench, trainees)
+            train, evaluation = peaks or (step_peak(rehearsal, bench, trainees), 0)
             grown = rehearsal.now - weights - kept  # what a method keeps from its first step on
-            evaluation = evaluation_peak(rehearsal, bench, trainees)
+            evaluation = evaluation or evaluation_peak(rehearsal, bench, trainees)
         finally:
             for trainee in trainees:
                 trainee.remove()
