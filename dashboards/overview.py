@@ -15,6 +15,7 @@ from workbench.tracking import frames
 from workbench.tracking.runs import default_store
 
 REFRESH = "2s"
+PHASES = ("load", "train", "eval")
 FIRST_STEP = "Type this in a terminal, then reload this page:\n\n```shell\nworkbench sweep studies/quickstart.yaml\n```"
 
 
@@ -64,6 +65,12 @@ def _body(uri: str, name: str, live: bool) -> None:
         undrawn = trials.loc[trials["objective"].isna(), "outcome"].value_counts()
         absent = f" Without a value of {study['metric']}: {_listed(undrawn)}." if len(undrawn) else ""
         st.caption(charts.KEY + absent)
+        if "prediction_error_percent/train" in trials and trials["prediction_error_percent/train"].notna().any():
+            errors = trials["prediction_error_percent/train"].dropna()
+            st.caption(
+                f"Memory was predicted before training: at most {errors.abs().max():.1f} % off the peak that was "
+                f"measured, in {len(errors)} trials. The table has both."
+            )
 
 
 def _tiles(trials: pd.DataFrame, study: pd.Series) -> None:
@@ -130,6 +137,24 @@ def _table(trials: pd.DataFrame, metric: str) -> list[str]:
     return selected
 
 
+def _memory_columns(trials: pd.DataFrame) -> dict[str, Any]:
+    """Headings and formats of memory, measured and predicted."""
+    columns = {}
+    found = [name for name in trials if "_mib/" in name or "prediction_error" in name]
+    for name in sorted(found, key=_phase):
+        heading = name.replace("_mib/", ", ").replace("_percent/", ", ").replace("_", " ")
+        unit = "%.1f MiB" if "_mib/" in name else "%+.1f %%"
+        columns[name] = st.column_config.NumberColumn(heading, format=unit)
+    return columns
+
+
+def _phase(name: str) -> tuple[int, bool, bool, str]:
+    """Where a column of memory stands: by phase, what was predicted first, its error last."""
+    kind, _, phase = name.partition("/")
+    place = PHASES.index(phase) if phase in PHASES else len(PHASES)
+    return place, "error" in kind, "predicted" not in kind, kind
+
+
 def _columns(trials: pd.DataFrame, metric: str) -> dict[str, Any]:
     """Headings and formats of the columns to show, in their order."""
     number, text = st.column_config.NumberColumn, st.column_config.TextColumn
@@ -142,6 +167,8 @@ def _columns(trials: pd.DataFrame, metric: str) -> dict[str, Any]:
         "trainable_percent": number("trainable %", format="%.3f"),
         "adapter_bytes": number("adapter file", format="bytes"),
     }
+    memory = _memory_columns(trials)
+    columns |= {name: heading for name, heading in memory.items() if name.endswith("/train")}
     for name in sorted(trials, key=lambda name: not name.startswith("hp.")):
         if name.startswith("hp."):
             columns[name] = st.column_config.Column(name.removeprefix("hp."))
@@ -149,8 +176,7 @@ def _columns(trials: pd.DataFrame, metric: str) -> dict[str, Any]:
             columns[name] = number(name.removeprefix("validation."), format="%.4f")
         elif name.startswith("seconds/"):
             columns[name] = number(f"{name.removeprefix('seconds/')} time", format="%.1f s")
-        elif "_mib/" in name:
-            columns[name] = number(name.replace("_mib/", ", ").replace("_", " "), format="%.1f MiB")
+    columns |= {name: heading for name, heading in memory.items() if name not in columns}
     return columns | {
         "message": text("message"),
         "started": st.column_config.DatetimeColumn("started", format="distance"),

@@ -13,13 +13,13 @@ from .space import brief
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 COLUMNS = (
     "trainable",
-    "adapter file",
+    "adapter\nfile",
     "adapter",
     "gradients",
     "moments",
     "activations",
-    "step, peak",
-    "evaluation, peak",
+    "step\npeak",
+    "evaluation\npeak",
 )
 
 
@@ -60,8 +60,8 @@ def table(plan: Plan, label: str, verdicts: Sequence[Verdict]) -> Table:
     for name in COLUMNS:
         found.add_column(name, justify="right")
     if plan.limit is not None:
-        found.add_column("in a bank", justify="right")
-    found.add_column("can it run?")
+        found.add_column("in one\npass", justify="right")
+    found.add_column("can it\nrun?")
     for own in verdicts:
         cells = [named(own)]
         if need := own.need:

@@ -93,8 +93,8 @@ class Planner:
         if self.limit is None or need.peak <= self.limit:
             return ""
         phase, most = ("a training step", need.train) if need.train == need.peak else ("evaluation", need.evaluation)
-        hint = "eval_batch_size" if need.train < need.peak else "batch_size, micro_batch_size, gradient_checkpointing"
-        return f"{phase} needs {most / GIB:.3g} GiB of {self.limit / GIB:.3g}, as predicted; see {hint}"
+        hint = "lower eval_batch_size" if need.train < need.peak else "try micro_batch_size or gradient_checkpointing"
+        return f"{phase} is predicted to need {most / GIB:.3g} GiB of {self.limit / GIB:.3g}; {hint}"
 
     def need(self, config: TrialConfig) -> Need:
         """What a trial needs that is alone in its pass.
@@ -110,29 +110,30 @@ class Planner:
                 self._lines.setdefault((config.method, rest, name), {})[number] = need
         return self._known[config.method, point]
 
-    def _between(self, method: str, rest: Point, name: str, number: int) -> tuple[int, int] | None:
-        """Both peaks of a trial that lies on a line between others."""
+    def _between(self, method: str, rest: Point, name: str, number: int) -> dict[str, int] | None:
+        """What a trial needs that lies on a line between others."""
         line = self._lines.get((method, rest, name), {})
         if len(line) < 3 or not min(line) < number < max(line):
             return None
-        low, high = line[min(line)], line[max(line)]
-
-        def at(x: int, peak: Callable[[Need], int]) -> float:
-            return peak(low) + (peak(high) - peak(low)) * (x - min(line)) / (max(line) - min(line))
-
-        for peak in (train, evaluation):
-            if any(abs(at(x, peak) - peak(need)) > STRAIGHT * peak(need) for x, need in line.items()):
+        found = {}
+        for what in ("adapter", "train", "evaluation"):
+            sizes = {x: getattr(need, what) for x, need in line.items()}
+            low, high = sizes[min(line)], sizes[max(line)]
+            slope = (high - low) / (max(line) - min(line))
+            if any(abs(low + slope * (x - min(line)) - size) > STRAIGHT * size for x, size in sizes.items()):
                 return None
-        return round(at(number, train)), round(at(number, evaluation))
+            found[what] = round(low + slope * (number - min(line)))
+        return found
 
-    def _rehearse(self, config: TrialConfig, peaks: tuple[int, int] | None) -> Need:
+    def _rehearse(self, config: TrialConfig, known: dict[str, int] | None) -> Need:
         job = Job(0, 0, config, None, self.shop.cache / "nothing", self.shop.study.training.steps, None)
         with self.shop.lend(config.new_tokens) as (base, data):
             if config.new_tokens:
                 bench = blank_bench(base, data, self.fault)
             else:
                 bench = self._bench = self._bench or blank_bench(base, data, self.fault)
-            return rehearse(bench, [self.shop.stint(job, base, data)], peaks)
+            need = rehearse(bench, [self.shop.stint(job, base, data)], steps=known is None)
+        return need if known is None else replace(need, **known)
 
     # ---------------------------------------------------------------- several
 
@@ -184,14 +185,6 @@ def check_patience(study: Study, trials: Sequence[FrozenTrial]) -> None:
             f"{PATIENCE} trials in a row cannot run. `workbench plan {study.path}` shows what the search space needs: "
             "raise constraints.vram_gib, lower batch_size, or leave out what does not fit."
         )
-
-
-def train(need: Need) -> int:
-    return need.train
-
-
-def evaluation(need: Need) -> int:
-    return need.evaluation
 
 
 def relevant(config: TrialConfig) -> Point:

@@ -279,7 +279,7 @@ def check_pruned(study: Study, home: Path, known: optuna.Study | None, number: i
     if known is None or not 0 <= number < len(trials):
         raise StorageError(f"The study {study.name!r} has no trial {number} to take up again; it has {len(trials)}.")
     trial, refusal = trials[number], f"Trial {number} cannot be taken up again:"
-    if trial.state != TrialState.PRUNED:
+    if trial.user_attrs.get(OUTCOME) != "pruned":
         raise StorageError(f"{refusal} it is {trial.user_attrs.get(OUTCOME, 'running')}, not pruned.")
     for other in trials:
         if other.user_attrs.get(RESUMES) == number:

@@ -14,20 +14,30 @@ if TYPE_CHECKING:
 
 MEMORY = {  # what is shown as memory, the first that was measured
     "cuda_peak_allocated_mib/train": "CUDA peak, MiB",
+    "tensor_peak_mib/train": "tensors' peak, MiB",
     "process_peak_growth_mib/train": "process growth, MiB",
+}
+PREDICTED = {  # heading and format
+    "predicted_peak_mib/train": ("predicted, MiB", ".0f"),
+    "prediction_error_percent/train": ("off by, %", "+.1f"),
 }
 
 
 def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Table:
-    """A table for a terminal: rank, method, searched hyperparameters, metric, parameters, memory, time, outcome."""
+    """A table for a terminal: rank, method, searched hyperparameters, metric, parameters, memory (measured and
+    predicted, where it was), time, outcome."""
     memory = next((key for key in MEMORY if key in trials), "")
     table = Table(title=f"{study}: {goal} validation {metric}", title_justify="left")
     for name in ("rank", "trial"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("method", no_wrap=True)
     table.add_column("hyperparameters", min_width=24)
-    for name in (metric, "trainable", MEMORY.get(memory, "memory"), "seconds"):
+    for name in (metric, "trainable", MEMORY.get(memory, "memory")):
         table.add_column(name, justify="right")
+    foreseen = [name for name in PREDICTED if name in trials]
+    for name in foreseen:
+        table.add_column(PREDICTED[name][0], justify="right")
+    table.add_column("seconds", justify="right")
     table.add_column("outcome")
     for _, trial in ranked(trials, goal).iterrows():
         table.add_row(
@@ -38,6 +48,7 @@ def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Tab
             f"{trial['objective']:.4f}" if there(trial["objective"]) else "",
             f"{trial['trainable_params']:,}" if there(trial["trainable_params"]) else "",
             f"{trial[memory]:.0f}" if memory and there(trial[memory]) else "",
+            *(f"{trial[name]:{PREDICTED[name][1]}}" if there(trial[name]) else "" for name in foreseen),
             f"{trial['seconds/total']:.1f}" if there(trial.get("seconds/total")) else "",
             trial["outcome"] + (f", resumes {trial['resumes']}" if trial["resumes"] else ""),
             style="bold" if trial["rank"] == 1 else None,

@@ -160,8 +160,8 @@ def load_base(model: ModelSection, labels: list[str] | None, seed: int, device: 
         device: a torch device, or "auto" for a GPU if there is one.
 
     Raises:
-        ModelError: the model or its tokenizer is missing, unreadable, pickled or not made for the task, or the device is
-            not here.
+        ModelError: the model or its tokenizer is missing, unreadable, pickled or not made for the task, or the
+            device is not here.
     """
     device = pick_device(device)
     with quiet(), torch.random.fork_rng(devices=[]):

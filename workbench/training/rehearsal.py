@@ -215,14 +215,14 @@ class Unwritten(Activations):
 # ---------------------------------------------------------------- the rehearsal
 
 
-def rehearse(bench: Bench, stints: Sequence[Stint], peaks: tuple[int, int] | None = None) -> Need:
+def rehearse(bench: Bench, stints: Sequence[Stint], steps: bool = True) -> Need:
     """What a pass of these stints needs, should the heaviest batch of each come in the same step.
 
     What evaluation needs to produce texts is not counted.
 
     Args:
         bench: see `blank_bench`.
-        peaks: of training and evaluation, if these are known; then the trials are only put on the base.
+        steps: whether to run a step and an evaluation; else both peaks are 0, and the trials are only put on the base.
 
     Raises:
         AdapterError: a trial cannot be put on the base.
@@ -239,9 +239,9 @@ def rehearse(bench: Bench, stints: Sequence[Stint], peaks: tuple[int, int] | Non
             bench.prepare(trainees)
             kept = rehearsal.now - weights
             files = sum(file_size(trainee) for trainee in trainees)
-            train, evaluation = peaks or (step_peak(rehearsal, bench, trainees), 0)
+            train = step_peak(rehearsal, bench, trainees) if steps else 0
             grown = rehearsal.now - weights - kept  # what a method keeps from its first step on
-            evaluation = evaluation or evaluation_peak(rehearsal, bench, trainees)
+            evaluation = evaluation_peak(rehearsal, bench, trainees) if steps else 0
         finally:
             for trainee in trainees:
                 trainee.remove()
