@@ -26,6 +26,7 @@ from workbench.training.data import read_data
 from workbench.training.rehearsal import Need
 
 MIB = 2**20
+ROOT = Path(__file__).parents[2]
 
 LARGE_AND_SMALL = """
 lora:
@@ -386,6 +387,18 @@ def test_a_space_that_does_not_fit_the_model_is_refused_with_its_place(lab):
     assert done.code == 2
     assert "study.yaml:" in done.err
     assert "quarry" in done.err
+
+
+def test_the_shipped_study_holds_what_does_not_fit(tmp_path: Path):
+    """As docs/memory.md says."""
+    done = workbench("plan", ROOT / "studies" / "memory.yaml", "--home", tmp_path)
+    assert done.code == 0
+    assert "7 of 10 configurations can run" in done.out
+    message = "r=64, target_modules=all-linear: a training step is predicted to need 0.0892 GiB of 0.068"
+    assert message in done.out
+    page = (ROOT / "docs" / "memory.md").read_text()
+    assert message.partition(": ")[2] in page
+    assert "7 complete, 3 infeasible" in page
 
 
 def test_figures():

@@ -27,6 +27,7 @@ def shortened(file: Path, label: str, folder: Path) -> Path:
     study["methods"] = {label: study["methods"][label]}
     study["data"]["max_rows"] = {"train": 400, "validation": 8, "test": 8}
     study["training"] |= {"steps": 2, "eval_every": 2, "batch_size": 4, "device": "cpu"}
+    study.pop("constraints", None)  # whatever is drawn shall train
     study |= {"budget": {"trials": 1}, "search": {"sampler": "random", "pruner": "none"}}
     short = folder / file.name
     with short.open("w") as stream:

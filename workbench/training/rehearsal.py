@@ -117,7 +117,8 @@ class Rehearsal(Tracker):
             return func(*args, **kwargs)
         try:
             out: Any = self._blank.dispatch(func, types, args, kwargs)  # type: ignore[arg-type]
-            return out if given or out.is_floating_point() else func(*args, **kwargs)
+            whole = isinstance(out, Tensor) and not out.is_floating_point()
+            return func(*args, **kwargs) if whole and not given else out
         finally:  # a module whose tensors are known there by weak references refuses to change their type
             self._blank.fake_tensor_converter.meta_converter = MetaConverter()
 
