@@ -134,7 +134,6 @@ def plan(
         int, typer.Option(min=0, help="Train so many steps of each method, with the weights, to tell the time.")
     ] = 0,
     home: Home = RUNS,
-    tracking_uri: TrackingUri = None,
     storage: Storage = None,
 ) -> None:
     """Show what a study will need before it runs: parameters, bytes, peaks of memory, what does not fit, and why.
@@ -151,7 +150,7 @@ def plan(
     loaded = load_study(study)
     progress = Console(stderr=True, highlight=False)
     with progress.status("planning ...") as status:
-        made = make(loaded, stores(home, tracking_uri, storage), status.update, device, vram_gib, measure)
+        made = make(loaded, stores(home, None, storage), status.update, device, vram_gib, measure)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     for part in rendered(made, os.cpu_count() or 1):
         console.print(part, soft_wrap=isinstance(part, str), markup=not isinstance(part, str))

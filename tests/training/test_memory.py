@@ -11,6 +11,7 @@ import torch
 
 from workbench.training import memory
 from workbench.training.memory import Meter
+from workbench.training.tracker import Tracker
 
 CPU = torch.device("cpu")
 
@@ -82,3 +83,67 @@ def test_cuda_peak_is_reset_between_phases() -> None:
     growth = meter.metrics["cuda_peak_allocated_mib/large"] - meter.metrics["cuda_peak_allocated_mib/small"]
     assert growth == pytest.approx(56, abs=1)
     assert meter.metrics["cuda_peak_reserved_mib/large"] >= meter.metrics["cuda_peak_allocated_mib/large"]
+
+
+def test_tensors_are_counted_exactly() -> None:
+    """Storages, as they come and go; a view is no second one, and what was there before counts where it is said to."""
+    held = torch.zeros(1000)
+    meter = Meter(CPU, lambda: [held, held[:10]])
+    with meter.phase("train"):
+        large = torch.ones(5000)
+        total = float((large.view(50, 100) * 2).sum())  # a second one like it, for a moment
+        del large
+        _ = torch.ones(6000)
+    with meter.phase("eval"):
+        torch.ones(2000)
+    assert total == 10_000
+    assert meter.metrics["tensor_peak_mib/train"] * memory.MIB == pytest.approx(4 * (1000 + 5000 + 5000), abs=16)
+    assert meter.metrics["tensor_peak_mib/eval"] * memory.MIB == 4 * (1000 + 2000)
+    assert "tensor_peak_mib/eval" not in Meter(CPU).metrics
+
+
+def test_tensors_that_grow_in_place_and_such_as_outlive_the_phase() -> None:
+    with Tracker() as tracker:
+        kept = torch.zeros(10)
+        kept.resize_(100)
+        assert tracker.now == 400
+        several = [*torch.ones(60).split(20), torch.zeros(5)]
+        assert tracker.now == tracker.peak == 400 + 240 + 20
+        del several
+        assert (tracker.now, tracker.peak) == (400, 660)
+        tracker.reset()
+        assert tracker.peak == 400
+    torch.zeros(1000)
+    assert tracker.peak == 400
+
+
+def test_what_mps_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps no peaks, so it is asked again and again."""
+    seen = iter([1, 9, 4])
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: next(seen, 2) * memory.MIB)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 20 * memory.MIB)
+    meter = Meter(torch.device("mps"))
+    with meter.phase("train"):
+        time.sleep(20 * memory.SAMPLE_SECONDS)
+    del meter.metrics["seconds/train"]
+    assert meter.metrics == {"mps_sampled_allocated_mib/train": 9.0, "mps_sampled_driver_mib/train": 20.0}
+
+
+def test_what_cuda_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it can be told without one: peaks start anew, and the largest block of all segments is named."""
+    calls: list[str] = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * memory.MIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * memory.MIB)
+    blocks = [{"blocks": [{"size": memory.MIB}]}, {"blocks": [{"size": 2 * memory.MIB}, {"size": 8}]}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: blocks)
+    meter = Meter(torch.device("cuda"))
+    with meter.phase("train"):
+        assert calls == ["synchronize", "reset_peak_memory_stats"]
+    del meter.metrics["seconds/train"]
+    assert meter.metrics == {
+        "cuda_peak_allocated_mib/train": 3.0,
+        "cuda_peak_reserved_mib/train": 5.0,
+        "cuda_largest_block_mib/train": 2.0,
+    }
