@@ -26,7 +26,7 @@ from .test_bench import CANNOT, VARIANTS
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 Places = Callable[[str], Place]
-CLOSE = 0.05  # relative; of a tiny model one tensor more or less is much
+CLOSE = 0.1  # relative; of a tiny model one tensor is much, and garbage may hold one for a while
 
 
 @pytest.fixture(scope="session")

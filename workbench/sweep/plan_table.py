@@ -70,7 +70,7 @@ def table(plan: Plan, label: str, verdicts: Sequence[Verdict]) -> Table:
         else:
             cells += [""] * len(COLUMNS)
         if plan.limit is not None:
-            cells.append(str(bank(plan.limit, own)))
+            cells.append(str(own.need.times(plan.limit)) if own.need else "")
         answer = "unknown" if own.unknown else "yes" if not own.refusal else "too large" if own.need else "no"
         found.add_row(*cells, answer)
     return found
@@ -80,11 +80,6 @@ def named(own: Verdict) -> str:
     """A configuration by what is searched of it."""
     values = {key: brief(own.config.adapter[key]) for key in own.config.varied}
     return ", ".join(f"{key}={value}" for key, value in values.items()) or "as it stands"
-
-
-def bank(limit: int, own: Verdict) -> int | str:
-    """How many such trials fit into one pass."""
-    return "" if own.need is None else max(0, (limit - own.need.weights) // (own.need.peak - own.need.weights))
 
 
 def verdict(plan: Plan) -> Iterator[str]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optuna.trial import FrozenTrial
-
 from workbench.errors import AdapterError, DataError, WorkbenchError
 from workbench.training.bench import Bench, Report
 from workbench.training.memory import MIB
@@ -17,14 +15,13 @@ from workbench.training.rehearsal import Need, blank_base, blank_bench, rehearse
 from .domains import Domain
 from .preflight import ends
 from .space import TrialConfig
-from .spec import MethodSpec, Study
+from .spec import MethodSpec
 from .workshop import Job, Workshop
 
 GIB = 2**30
 CORNERS = 16  # of a method's space that are looked at, at most
 SCALES = ("lora_alpha", "alpha")  # fields that scale what an adapter adds, and change nothing about memory
 PATIENCE = 30  # infeasible trials in a row until a search gives up
-OUTCOME = "outcome"  # attribute of a trial
 STRAIGHT = 1e-4  # relative distance from a line
 
 Point = tuple[tuple[str, Any], ...]  # the fields of a configuration that may change what it needs
@@ -62,31 +59,53 @@ class Planner:
     def __init__(self, shop: Workshop, fault: str, limit: int | None):
         self.shop, self.fault, self.limit = shop, fault, limit
         self._bench: Bench | None = None
+        self._refused: dict[str, Verdict] = {}
+        self._in_vain = 0
         self._known: dict[tuple[str, Point], Need] = {}
         self._lines: dict[tuple[str, Point, str], dict[int, Need]] = {}
 
     @classmethod
-    def beside(cls, shop: Workshop) -> Planner:
-        """The planner of a study that is about to run."""
+    def beside(cls, shop: Workshop, fault: str | None = None) -> Planner:
+        """The planner of a study that is about to run.
+
+        Args:
+            fault: why passes are padded, where they are though its bench would not.
+        """
         study, real = shop.study, shop.base
         labels = shop.raw.labels or None
         blank = blank_base(study.model, labels, real.device, study.training.precision)
         blank = replace(blank, tokenizer=real.tokenizer, fresh=real.fresh)
         own = replace(shop, base=blank)  # shares what was tokenised
-        return cls(own, shop.bench.fault, study.memory_limit)
+        return cls(own, shop.bench.fault if fault is None else fault, study.memory_limit)
 
     # ---------------------------------------------------------------- one trial
 
     def judge(self, config: TrialConfig) -> Verdict:
         """What a configuration needs, or why it cannot run."""
-        try:
-            need = self.need(config)
-        except (AdapterError, DataError) as error:
-            return Verdict(config, None, str(error))
-        except Exception as error:  # an operation that PyTorch cannot do without data, say
-            reason = next(iter(str(error).splitlines()), "")
-            return Verdict(config, None, unknown=f"{type(error).__name__}: {reason}")
-        return Verdict(config, need, self.excess(need))
+        key = f"{config.method} {config.adapter}"
+        if key not in self._refused:
+            try:
+                need = self.need(config)
+                return Verdict(config, need, self.excess(need))
+            except (AdapterError, DataError) as error:
+                self._refused[key] = Verdict(config, None, str(error))
+            except Exception as error:  # an operation that PyTorch cannot do without data, say
+                reason = next(iter(str(error).splitlines()), "")
+                self._refused[key] = Verdict(config, None, unknown=f"{type(error).__name__}: {reason}")
+        return self._refused[key]
+
+    def heed(self, verdict: Verdict) -> None:
+        """Stop a search that finds nothing that fits; trials that are not trained use up neither steps nor minutes.
+
+        Raises:
+            WorkbenchError: the last trials were all infeasible.
+        """
+        self._in_vain = self._in_vain + 1 if verdict.refusal else 0
+        if self._in_vain >= PATIENCE:
+            raise WorkbenchError(
+                f"{PATIENCE} trials in a row cannot run. `workbench plan {self.shop.study.path}` shows what the search "
+                "space needs: raise constraints.vram_gib, lower batch_size, or leave out what does not fit."
+            )
 
     def excess(self, need: Need) -> str:
         """Why a trial that needs this much does not fit; "" if it does."""
@@ -154,10 +173,6 @@ class Planner:
                 peaks = self.together([need for need in sharing if need is not None])
                 report.costs |= {f"predicted_pass_mib/{phase}": peak / MIB for phase, peak in peaks.items()}
 
-    def bank(self, need: Need) -> int | None:
-        """How many such trials fit into one pass; None if there is no limit."""
-        return None if self.limit is None else max(0, (self.limit - need.weights) // (need.peak - need.weights))
-
     def fitting(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """The jobs of one pass, in as many passes as memory asks for. What is not known is taken to fit."""
         passes: list[list[Job]] = [[]]
@@ -171,20 +186,6 @@ class Planner:
             passes[-1].append(job)
             needs = more
         return passes
-
-
-def check_patience(study: Study, trials: Sequence[FrozenTrial]) -> None:
-    """Stop a search that finds nothing that fits; trials that are not trained use up neither steps nor minutes.
-
-    Raises:
-        WorkbenchError: the last trials were all infeasible.
-    """
-    last = trials[-PATIENCE:]
-    if len(last) == PATIENCE and all(trial.user_attrs.get(OUTCOME) == "infeasible" for trial in last):
-        raise WorkbenchError(
-            f"{PATIENCE} trials in a row cannot run. `workbench plan {study.path}` shows what the search space needs: "
-            "raise constraints.vram_gib, lower batch_size, or leave out what does not fit."
-        )
 
 
 def relevant(config: TrialConfig) -> Point:

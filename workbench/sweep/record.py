@@ -17,10 +17,11 @@ from workbench.training.memory import MIB
 
 from .budget import PROGRESS, RESUMES
 from .domains import Tokens
-from .planning import OUTCOME, Verdict
+from .planning import Verdict
 from .space import TrialConfig, brief
 from .spec import Study
 
+OUTCOME = "outcome"  # attribute of a trial
 VRAM = "vram_gib"  # name of a constraint, and attribute of a trial that has it
 EXACT = ("cuda_peak_allocated_mib", "tensor_peak_mib")  # measured peaks that a prediction can be held against
 INTERRUPTED = "stopped by Ctrl-C; the next `workbench sweep` of this study finishes it"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import filelock
 import optuna
+import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 
@@ -70,10 +71,12 @@ def sweep(
         for number in pruned:
             check_pruned(study, stores.home, known, number)
 
-        meter = Meter(pick_device(study.training.device), list if study.training.track_memory else None)
+        loaded: list[torch.Tensor] = []
+        meter = Meter(pick_device(study.training.device), (lambda: loaded) if study.training.track_memory else None)
         with display.waiting("reading the data and loading the base model"), meter.phase("load"):
             raw = read_data(study.data, study.model.task)
             base = load_base(study.model, raw.labels or None, study.training.seed, study.training.device)
+            loaded += [*base.model.parameters(), *base.model.buffers()]
             if study.model.weights == "random":
                 base = replace(base, fresh=())  # an artifact of the study holds all of its weights
             shop = Workshop(study, base, raw, stores.home / "cache")
@@ -83,7 +86,7 @@ def sweep(
         team = crew(shop, interrupt, workers, in_flight(study))
         preflight(study, shop.base, shop.data(()).train)
 
-        planner = Planner.beside(shop) if foresees(study, shop) else None
+        planner = Planner.beside(shop, "--solo pads" if alone else None) if foresees(study, shop) else None
 
         with display.waiting("opening the stores"):
             tracking = open_tracking(stores.tracking, stores.artifacts)
@@ -145,7 +148,8 @@ def identity(study: Study) -> str:
     """Hash of all that makes two runs of a study comparable; its budget, name and place are not among it."""
     model = study.model.model_dump(exclude={"path", "tokenizer"})
     data = study.data.model_dump(exclude={"path", "train", "validation", "test"})
-    parts = (model, data, study.training, study.methods, study.objective, study.search)
+    training = study.training.model_dump(exclude={"track_memory"})
+    parts = (model, data, training, study.methods, study.objective, study.search)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

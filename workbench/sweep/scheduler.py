@@ -23,7 +23,7 @@ from .budget import PROGRESS, RESUMES, Clock, counted, spent
 from .checkpoints import Checkpoints
 from .display import Display
 from .interrupt import Interrupt
-from .planning import Planner, check_patience
+from .planning import Planner
 from .pool import Crew
 from .record import INTERRUPTED, OUTCOME, Books, Progress, Record, outcome
 from .space import HALVING, decisions, in_flight, sampler, suggest
@@ -140,7 +140,6 @@ class Scheduler:
             trials = self.optuna_study.get_trials(deepcopy=False)
             if spent(self.study, trials, self.clock.seconds):
                 return
-            check_patience(self.study, trials)
             # the sampler starts anew for each, so that what is drawn depends on the trials before, not on restarts
             self.optuna_study.sampler = sampler(self.study, len(counted(trials)))
             self._enter(self.optuna_study.ask())
@@ -166,6 +165,7 @@ class Scheduler:
             record.predicted(verdict, self.planner.limit)
             if verdict.refusal:
                 self._end(live, "infeasible", verdict.refusal)
+            self.planner.heed(verdict)
 
     # ---------------------------------------------------------------- a round
 

@@ -20,7 +20,7 @@ from workbench.training.memory import Meter, release
 from .budget import Clock, counted, spent
 from .display import Display
 from .interrupt import Interrupt
-from .planning import Planner, check_patience
+from .planning import Planner
 from .record import INTERRUPTED, Books, outcome
 from .space import sampler, suggest
 from .workshop import Workshop, as_failure
@@ -43,7 +43,6 @@ def trials(books: Books, clock: Clock) -> Iterator[optuna.Trial]:
         optuna_study.sampler = sampler(study, cut_off.number)
         yield optuna.Trial(optuna_study, cut_off._trial_id)
     while not spent(study, found := optuna_study.get_trials(deepcopy=False), clock.seconds):
-        check_patience(study, found)
         optuna_study.sampler = sampler(study, len(counted(found)))
         yield optuna_study.ask()
 
@@ -81,6 +80,8 @@ def run_trial(
         if verdict.refusal:
             record.end("infeasible", verdict.refusal)
             display.finished(trial.number, "infeasible", verdict.refusal, None, 0.0)
+        planner.heed(verdict)
+        if verdict.refusal:
             return
     ending: tuple[Outcome, str, str] = ("complete", "", "")
     try:

@@ -35,8 +35,8 @@ class Meter:
     how far the process's memory rose above where it stood when the phase began.
 
     Args:
-        held: gives the tensors that are there when a phase begins; if given, `tensor_peak_mib/<phase>` is counted, the
-            exact peak of these and of all that the phase makes. Steps take a little longer then.
+        held: gives the tensors that are there, when a phase begins and when it ends. If given, the exact peak of these
+            and of all that the phase makes is counted, `tensor_peak_mib/<phase>`; steps take a little longer then.
     """
 
     def __init__(self, device: torch.device, held: Callable[[], Iterable[Tensor]] | None = None):
@@ -49,7 +49,7 @@ class Meter:
         peaks: dict[str, float] = {}
         start = time.perf_counter()
         watch = {"cuda": cuda_peak, "mps": mps_peak}.get(self.device.type, process_peak)
-        tracked = nullcontext() if self.held is None else tensor_peak(self.held(), peaks)
+        tracked = nullcontext() if self.held is None else tensor_peak(self.held, peaks)
         try:
             with watch(self.device, peaks), tracked:
                 yield
@@ -60,12 +60,14 @@ class Meter:
 
 
 @contextmanager
-def tensor_peak(held: Iterable[Tensor], peaks: dict[str, float]) -> Iterator[None]:
+def tensor_peak(held: Callable[[], Iterable[Tensor]], peaks: dict[str, float]) -> Iterator[None]:
     """The bytes of all tensors, counted as they come and go."""
-    with Tracker(held) as tracker:
+    with Tracker(held()) as tracker:
         try:
             yield
         finally:
+            for tensor in held():  # another thread may have made some
+                tracker.note(tensor)
             peaks["tensor_peak_mib"] = tracker.peak / MIB
 
 

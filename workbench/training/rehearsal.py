@@ -83,6 +83,10 @@ class Need:
         """The most of all phases."""
         return max(self.train, self.evaluation)
 
+    def times(self, limit: int) -> int:
+        """How often the trials fit into one pass that may take so many bytes: the base is there once."""
+        return max(0, (limit - self.weights) // (self.peak - self.weights))
+
 
 class Rehearsal(Tracker):
     """Tensors of floating point numbers that are made while this is entered have no data. A number that is read off one
