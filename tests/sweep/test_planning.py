@@ -285,6 +285,25 @@ def test_a_search_in_which_nothing_fits_ends(lab, monkeypatch: pytest.MonkeyPatc
     assert [run.data.tags["workbench.outcome"] for run in lab.trials] == ["infeasible"] * 4 + ["complete"]
 
 
+@pytest.mark.parametrize("how", ["workers", "solo"])
+def test_trials_that_run_are_finished_before_a_search_ends(lab, monkeypatch: pytest.MonkeyPatch, how: str):
+    """The first one fits, then nothing does."""
+    monkeypatch.setattr(planning, "PATIENCE", 4)
+    excess = Planner.excess
+    asked: list[Need] = []
+
+    def only_first(self: Planner, need: Need) -> str:
+        asked.append(need)
+        return excess(self, need) if len(asked) == 1 else "it is too large"
+
+    monkeypatch.setattr(Planner, "excess", only_first)
+    monkeypatch.setattr(Planner, "fitting", lambda self, jobs: [list(jobs)])
+    lab.write("lora: {r: {min: 1, max: 500}}", "{steps: 100}", more="constraints: {vram_gib: 1}\n")
+    done = lab.sweep(*(["--solo"] if how == "solo" else ["--workers", "1"]))
+    assert done.code == 2
+    assert [run.data.tags["workbench.outcome"] for run in lab.trials] == ["complete"] + ["infeasible"] * 4
+
+
 def test_what_cannot_be_predicted_runs(lab, monkeypatch: pytest.MonkeyPatch):
     def cannot(*_: Any, **__: Any) -> None:
         raise NotImplementedError("no kernel")

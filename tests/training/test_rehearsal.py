@@ -127,6 +127,15 @@ def test_bf16(kind: str, tmp_path: Path) -> None:
     agree(place, blank_bench(blank, place.data, ""), [config_of("lora", place.base)], precision="bf16")
 
 
+def test_the_compiler_is_left_out(places: Places, blanks: Callable[[str], Bench]) -> None:
+    place, blank = places("classifying"), blanks("classifying")
+    plain, compiled = (
+        rehearse(blank, [place.stint(config_of("lora", place.base), made_settings(steps=4, compile=compile))])
+        for compile in (False, True)
+    )
+    assert plain == compiled
+
+
 def test_padded_passes(places: Places, blanks: Callable[[str], Bench]) -> None:
     place, blank = places("classifying"), blanks("classifying")
     padded = place.another_bench(fault="so that this is tested")

@@ -95,17 +95,18 @@ class Planner:
         return self._refused[key]
 
     def heed(self, verdict: Verdict) -> None:
-        """Stop a search that finds nothing that fits; trials that are not trained use up neither steps nor minutes.
-
-        Raises:
-            WorkbenchError: the last trials were all infeasible.
-        """
+        """Count how many trials in a row cannot run; they use up neither steps nor minutes."""
         self._in_vain = self._in_vain + 1 if verdict.refusal else 0
-        if self._in_vain >= PATIENCE:
-            raise WorkbenchError(
-                f"{PATIENCE} trials in a row cannot run. `workbench plan {self.shop.study.path}` shows what the search "
-                "space needs: raise constraints.vram_gib, lower batch_size, or leave out what does not fit."
-            )
+
+    @property
+    def hopeless(self) -> WorkbenchError | None:
+        """What to say when nothing fits; None as long as there is hope."""
+        if self._in_vain < PATIENCE:
+            return None
+        return WorkbenchError(
+            f"{PATIENCE} trials in a row cannot run. `workbench plan {self.shop.study.path}` shows what the search "
+            "space needs: raise constraints.vram_gib, lower batch_size, or leave out what does not fit."
+        )
 
     def excess(self, need: Need) -> str:
         """Why a trial that needs this much does not fit; "" if it does."""

@@ -140,6 +140,10 @@ class Scheduler:
             trials = self.optuna_study.get_trials(deepcopy=False)
             if spent(self.study, trials, self.clock.seconds):
                 return
+            if self.planner and (hopeless := self.planner.hopeless):
+                if self.live:
+                    return
+                raise hopeless
             # the sampler starts anew for each, so that what is drawn depends on the trials before, not on restarts
             self.optuna_study.sampler = sampler(self.study, len(counted(trials)))
             self._enter(self.optuna_study.ask())

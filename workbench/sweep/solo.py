@@ -30,19 +30,21 @@ def run(
     books: Books, shop: Workshop, clock: Clock, display: Display, interrupt: Interrupt, planner: Planner | None
 ) -> None:
     """Train until the budget is spent."""
-    for trial in trials(books, clock):
+    for trial in trials(books, clock, planner):
         interrupt.check()
         run_trial(trial, books, shop, display, interrupt, planner)
         clock.save()
 
 
-def trials(books: Books, clock: Clock) -> Iterator[optuna.Trial]:
+def trials(books: Books, clock: Clock, planner: Planner | None) -> Iterator[optuna.Trial]:
     """Trials until the budget is spent: first those that a dead process left running, then new ones."""
     study, optuna_study = books.study, books.optuna_study
     for cut_off in optuna_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         optuna_study.sampler = sampler(study, cut_off.number)
         yield optuna.Trial(optuna_study, cut_off._trial_id)
     while not spent(study, found := optuna_study.get_trials(deepcopy=False), clock.seconds):
+        if planner and (hopeless := planner.hopeless):
+            raise hopeless
         optuna_study.sampler = sampler(study, len(counted(found)))
         yield optuna_study.ask()
 

@@ -239,7 +239,7 @@ def rehearse(bench: Bench, stints: Sequence[Stint], steps: bool = True) -> Need:
             rehearsal.note(tensor)
         weights = rehearsal.now
         try:
-            for stint in stints:
+            for stint in map(uncompiled, stints):
                 trainees.append(Trainee(bench.base, bench.data, stint, bench.packed, bench.rows))
             bench.prepare(trainees)
             kept = rehearsal.now - weights
@@ -261,6 +261,11 @@ def rehearse(bench: Bench, stints: Sequence[Stint], steps: bool = True) -> Need:
         files=files,
         trainable=sum(trainee.report.trainable for trainee in trainees),
     )
+
+
+def uncompiled(stint: Stint) -> Stint:
+    """The same, without the compiler, which wants data."""
+    return replace(stint, settings=stint.settings.model_copy(update={"compile": False}))
 
 
 def file_size(trainee: Trainee) -> int:
