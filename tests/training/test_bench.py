@@ -105,6 +105,21 @@ def test_so_do_variants(variant: str, places: Places) -> None:
     same(got, place.plainly(VARIANTS[variant](), settings), WEIGHTS)
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "p_tuning"])
+def test_virtual_tokens_need_positions(method: str, places: Places) -> None:
+    """A table of 64 for rows of up to 14."""
+    place, settings = places("classifying"), made_settings(steps=2)
+    fits, too_many = (config_of(method, place.base, num_virtual_tokens=n) for n in (50, 51))
+    (report,) = place.reports([place.stint(fits, settings)])
+    assert report.error is None
+    (report,) = place.reports([place.stint(too_many, settings)])
+    assert isinstance(report.error, AdapterError)
+    assert "51 virtual tokens and rows of up to 14 tokens are more than the 64 positions" in str(report.error)
+    place = places("continuing")  # turns positions, and has no table
+    (report,) = place.reports([place.stint(config_of(method, place.base, num_virtual_tokens=51), settings)])
+    assert report.error is None
+
+
 def test_a_layer_may_train_as_a_whole(tmp_path: Any) -> None:
     """Its copy has attention of its own, which looks at whole rows. The model has no dropout, since the copy's acts."""
     config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -124,6 +124,15 @@ def configs_of(model: Any) -> list[PretrainedConfig]:
     return list((found | {id(part): part for part in parts if isinstance(part, PretrainedConfig)}).values())
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many positions a model has learned; None if it has no table of them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "embed_positions", "wpe")):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            return module.num_embeddings - unused
+    return None
+
+
 def vocabulary_tables(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Every place `(module, name, parameter)` with one row a token; tied places hold the same parameter."""
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]

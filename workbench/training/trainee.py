@@ -23,7 +23,7 @@ from workbench.adapters.dropout import seed_dropout
 from workbench.adapters.methods.trainable_tokens import TrainableTokens
 from workbench.errors import CheckpointError, ConfigError
 
-from .base import Base
+from .base import Base, positions
 from .data import TaskData, batches
 from .layout import Group
 from .optimizer import TrialOptimizer
@@ -67,6 +67,8 @@ class Trainee:
         self.encoder: Any = encoders[NAME] if encoders is not None else None
         if settings.gradient_checkpointing and getattr(self.encoder, "in_cache", False):
             raise ConfigError(f"{self.stint.config.peft_type} does not work with gradient_checkpointing.")
+        if self.encoder is not None and rows:
+            self._check_room(max(int(split.lengths.max()) for split in rows.values()))
         for _, layer in self.model.base_model.layers_of(NAME):
             dtype = next((p.dtype for p in layer.base_layer.parameters()), None)
             if dtype == torch.float32 or settings.precision == "bf16":
@@ -92,6 +94,16 @@ class Trainee:
             self.entry = {name: entries(split, cut, tokens) for name, split in rows.items()}
             seed_dropout(self.model, lambda number: functools.partial(self._mask, packed, number))
         self.draws = not self.packed or any(part.draws for _, part in self.model.base_model.parts(NAME))
+
+    def _check_room(self, longest: int) -> None:
+        """Refuse virtual tokens for which the model has no positions."""
+        count, known = self.encoder.embedding.num_embeddings, positions(self.base.model)
+        if known is not None and count + longest > known:
+            raise ConfigError(
+                f"num_virtual_tokens: {count} virtual tokens and rows of up to {longest} tokens are more than the "
+                f"{known} positions of the model; use fewer, or a data.max_length of at most {max(1, known - count)}.",
+                "num_virtual_tokens",
+            )
 
     def tensors(self) -> Iterator[Tensor]:
         """What the trial keeps between steps."""
