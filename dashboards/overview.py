@@ -142,6 +142,9 @@ def _memory_columns(trials: pd.DataFrame) -> dict[str, Any]:
     columns = {}
     found = [name for name in trials if "_mib/" in name or "prediction_error" in name]
     for name in sorted(found, key=_phase):
+        alone = name.replace("predicted_pass", "predicted_peak")
+        if name != alone and (trials[name].isna() | (trials[name] == trials[alone])).all():
+            continue  # no trial shared a pass
         heading = name.replace("_mib/", ", ").replace("_percent/", ", ").replace("_", " ")
         unit = "%.1f MiB" if "_mib/" in name else "%+.1f %%"
         columns[name] = st.column_config.NumberColumn(heading, format=unit)

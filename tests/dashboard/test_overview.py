@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from streamlit.testing.v1 import AppTest
 
 from dashboards import charts, launch
 from workbench.tracking import frames
+from workbench.tracking.runs import default_store, open_tracking
 
 ROOT = Path(__file__).parents[2]
 APP = str(ROOT / "dashboards" / "app.py")
@@ -54,6 +56,30 @@ def test_a_link_opens_its_study(app, store):
     assert [tile.delta for tile in test.metric if tile.delta] == ["trial 1, ia3", "1 waiting", "1 diverged"]
     assert test.dataframe[0].value["number"].tolist() == [1, 0, 2, 3]
     assert "Without a value of accuracy: 1 diverged." in test.caption[0].value
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(app, empty_store, tmp_path):
+    shutil.copy(empty_store.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    tracking = open_tracking(*default_store(tmp_path))
+    study = tracking.open_study("lean", {}, {"workbench.metric": "accuracy", "workbench.goal": "maximize"}, {})
+    for number, (measured, outcome) in enumerate([(100.0, "complete"), (None, "infeasible")]):
+        trial = study.open_trial(number, {}, {"workbench.label": "lora", "workbench.method": "lora"})
+        trial.summary({f"predicted_peak_mib/{phase}": 102.0 for phase in ("load", "train", "eval")})
+        if measured:
+            trial.summary({"tensor_peak_mib/train": measured, "prediction_error_percent/train": 2.0})
+            trial.summary({"predicted_pass_mib/train": 102.0, "predicted_mib/weights": 50.0})
+            trial.log(1, {"validation.accuracy": 0.5})
+        trial.end(outcome)
+    study.end("FINISHED")
+    test = app(default_store(tmp_path)[0], "lean")
+    assert any("at most 2.0 % off the peak that was measured, in 1 trials" in caption.value for caption in test.caption)
+    order = list(test.dataframe[0].proto.column_order)
+    train = ["predicted_peak_mib/train", "tensor_peak_mib/train", "prediction_error_percent/train"]
+    start = order.index("adapter_bytes") + 1 if "adapter_bytes" in order else 0
+    assert [name for name in order[start:] if name in train] == train
+    assert order.index(train[0]) < order.index("predicted_peak_mib/load") < order.index("predicted_peak_mib/eval")
+    assert "predicted_mib/weights" in order
+    assert "predicted_pass_mib/train" not in order, "nothing shared a pass"
 
 
 def test_the_newest_study_comes_first_and_another_can_be_chosen(app, store):
