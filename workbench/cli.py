@@ -214,6 +214,48 @@ def show(
 
 
 @app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="A study's name.", show_default=False)],
+    trial: Annotated[int, typer.Option(min=0, help="The trial's number.", show_default=False)],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="How far a metric may be off, relative where it is above 1.")
+    ] = 1e-3,
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Train a trial again from what MLflow holds of it, and say whether its metrics agree.
+
+    The study file is taken as it was, the model and the data must be the same. Nothing is recorded. The exit code is 1
+    if a metric is further off than the tolerance.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from workbench.sweep.reproduce import reproduce as again
+
+    progress = Console(stderr=True, highlight=False)
+    with progress.status(f"training trial {trial} of {study} again ...") as status:
+        came = again(
+            study,
+            trial,
+            stores(home, tracking_uri, None),
+            lambda _, step, loss: status.update(f"trial {trial} of {study}: step {step}, loss {loss:.4f}"),
+        )
+    varied = ", ".join(f"{key}={value}" for key, value in came.config.describe().items())
+    table = Table(
+        "validation", "recorded", "again", "off by", title=f"{study}, trial {trial}, step {came.step}: {varied}"
+    )
+    for name, before in came.before.items():
+        table.add_row(name, f"{before:.6f}", f"{came.now[name]:.6f}", f"{came.now[name] - before:+.1e}")
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    console.print(table)
+    far = came.differs(tolerance)
+    console.print(f"{', '.join(far)} differ by more than {tolerance:g}" if far else f"the same within {tolerance:g}")
+    if far:
+        raise typer.Exit(1)
+
+
+@app.command()
 def dashboard(
     home: Home = RUNS,
     tracking_uri: TrackingUri = None,

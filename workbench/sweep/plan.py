@@ -4,8 +4,7 @@ be measured."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ import torch
 from optuna.trial import FrozenTrial
 
 from workbench.errors import ModelError, StorageError, TrialFailed
-from workbench.training.base import available, load_base, pick_device
+from workbench.training.base import available, pick_device
 from workbench.training.data import read_data
 from workbench.training.rehearsal import blank_base, fault_of
 
 from .budget import PROGRESS
 from .planning import Planner, Verdict, corners, survey
+from .pool import one_thread
 from .preflight import preflight
+from .reproduce import open_shop
 from .run import stored_study
 from .space import METHOD
 from .spec import Study
@@ -154,18 +155,10 @@ def measured(
 ) -> dict[str, Pace]:
     """The pace of each method's first configuration that can run, by training it for some steps with real weights."""
     say("loading the base model ...")
-    raw = read_data(study.data, study.model.task)
-    shop = Workshop(
-        study,
-        load_base(study.model, raw.labels or None, study.training.seed, study.training.device),
-        raw,
-        stores.home / "cache",
-    )
-    if study.training.precision == "bf16":
-        shop.halve()
+    shop = open_shop(study, stores)
     pace = {}
     steps = min(steps, study.training.steps)
-    with tempfile.TemporaryDirectory() as folder, one_thread():
+    with tempfile.TemporaryDirectory() as folder, one_thread(shop.base.device):
         for label, verdicts in methods.items():
             config = next((verdict.config for verdict in verdicts if not verdict.refusal), None)
             if config is None:
@@ -177,14 +170,3 @@ def measured(
                 raise TrialFailed(f"{label}: {report.error}")
             pace[label] = Pace(report.costs["seconds/train"] / steps, report.costs["seconds/eval"], steps)
     return pace
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As many threads as a worker of a sweep has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

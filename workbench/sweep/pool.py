@@ -13,8 +13,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Protocol
@@ -147,6 +148,18 @@ class Pool:
                     add_up(self._shop.shared_costs, shared_costs)
                     worker.jobs = []
                     on_reports(reports)
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """As many threads as a worker has, for the same sums to the last digits."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def lost(job: Job, code: int | None) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import optuna
 from optuna.trial import TrialState
 
 from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory
+from workbench.tracking.recorded import PARAMS
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun
 from workbench.training.bench import Report
 from workbench.training.memory import MIB
@@ -71,6 +73,7 @@ class Books:
             "workbench.method": config.method,
             "workbench.seed": str(study.training.seed),
             "workbench.searched": " ".join(config.varied),
+            PARAMS: json.dumps(trial.params),
             **({} if resumes is None else {"workbench.resumes": str(resumes)}),
         }
         params = {f"{config.label}.{key}": readable(value) for key, value in values.items()}

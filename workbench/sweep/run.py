@@ -224,7 +224,7 @@ def open_parent(study: Study, stores: Stores, tracking: Tracking, shop: Workshop
         "workbench.metric": study.objective.metric,
         "workbench.goal": study.objective.goal,
         "workbench.optuna": public_url(stores.optuna),
-        "workbench.file": str(study.path),
+        "workbench.file": str(study.path.resolve()),
         **{f"workbench.env.{key}": value for key, value in environment().items()},
     }
     parent = tracking.open_study(study.name, params, tags, {"study.yaml": study.text})

@@ -93,14 +93,17 @@ class Source:
         return None
 
 
-def read(path: str | Path) -> Source:
+def read(path: str | Path, text: str | None = None) -> Source:
     """Read a YAML file. What is wrong with the file or its YAML is in `problems`, nothing is raised.
 
     Every duplicate key is found; of other faults in the YAML itself only the first can be known.
+
+    Args:
+        text: what the file held, where it may hold something else by now.
     """
     source = Source(str(path))
     try:
-        content = Path(path).read_bytes()
+        content = Path(path).read_bytes() if text is None else text.encode()
         source.text = content.decode()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML allows it

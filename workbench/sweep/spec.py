@@ -180,13 +180,16 @@ class Study(Section):
         return metrics[metric] if goal == self.objective.goal else -metrics[metric]
 
 
-def load_study(path: str | Path) -> Study:
+def load_study(path: str | Path, text: str | None = None) -> Study:
     """Read a study file. Relative folders and files that exist next to it become absolute; other names are hub ids.
+
+    Args:
+        text: what the file held, where it may hold something else by now.
 
     Raises:
         StudyError: the file is missing or wrong; it holds every problem with line and column.
     """
-    source = read(path)
+    source = read(path, text)
     if source.problems and source.data is None:
         raise StudyError(source.problems)
     if not isinstance(source.data, dict):

@@ -59,7 +59,7 @@ def trials(tracking_uri: str, study: str) -> pd.DataFrame:
     """
     client = open_client(tracking_uri)
     with storage_errors(tracking_uri):
-        parent = _study_run(client, tracking_uri, study)
+        parent = study_run(client, tracking_uri, study)
         query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
         rows = [_trial_row(run) for run in _runs(client, [parent.info.experiment_id], query)]
     frame = pd.DataFrame(rows)
@@ -144,7 +144,12 @@ def _runs(client: MlflowClient, experiments: list[str], query: str) -> Iterator[
             return
 
 
-def _study_run(client: MlflowClient, uri: str, study: str) -> Run:
+def study_run(client: MlflowClient, uri: str, study: str) -> Run:
+    """The run of a study.
+
+    Raises:
+        StorageError: there is none.
+    """
     experiment = client.get_experiment_by_name(study)
     query = "tags.`workbench.kind` = 'study'"
     found = client.search_runs([experiment.experiment_id], query, max_results=1) if experiment else []

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # MLflow reads these; the second keeps it from printing two links to stdout whenever a run on a server ends
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 Outcome = Literal["complete", "pruned", "diverged", "out_of_memory", "infeasible", "failed", "interrupted"]
 Status = Literal["FINISHED", "KILLED", "FAILED"]

@@ -1,0 +1,88 @@
+"""`workbench reproduce`: a trial trained again from what MLflow holds of it, to see whether it comes to the same."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from workbench.errors import StorageError, TrialFailed
+from workbench.tracking.recorded import Recorded, recorded
+from workbench.training.base import load_base
+from workbench.training.data import read_data
+from workbench.training.stint import OnStep, Report
+
+from .pool import one_thread
+from .space import TrialConfig, from_params
+from .spec import Study, load_study
+from .stores import Stores
+from .workshop import Job, Workshop
+
+
+@dataclass(frozen=True)
+class Again:
+    """What came of training a trial again.
+
+    Attributes:
+        config: its hyperparameters.
+        step: at which it was measured.
+        before, now: metrics of the validation split.
+    """
+
+    config: TrialConfig
+    step: int
+    before: dict[str, float]
+    now: dict[str, float]
+
+    def differs(self, tolerance: float) -> list[str]:
+        """The metrics that are further apart than that, relative to the larger one where it is above 1."""
+        far = {name: abs(self.now[name] - old) / max(1.0, abs(old)) for name, old in self.before.items()}
+        return [name for name, distance in far.items() if not distance <= tolerance]
+
+
+def reproduce(name: str, number: int, stores: Stores, on_step: OnStep) -> Again:
+    """Train a trial of a study again, stretch by stretch, to the step at which it was measured last.
+
+    Raises:
+        StorageError: MLflow holds no such trial, it was never measured, or the model or the data are others by now.
+        StudyError, ModelError, DataError: the study cannot be run here any more.
+        TrialFailed: the trial cannot be trained.
+    """
+    known = recorded(stores.tracking, name, number)
+    study = load_study(known.file, known.text)
+    shop = open_shop(study, stores)
+    check_same(known, shop)
+    config = from_params(known.params, study)
+    with tempfile.TemporaryDirectory() as folder, one_thread(shop.base.device):
+        report = train(shop, config, known, Path(folder), on_step)
+    return Again(config, known.step, known.metrics, report.metrics)
+
+
+def open_shop(study: Study, stores: Stores) -> Workshop:
+    """What a study's trials share, as a sweep has it."""
+    raw = read_data(study.data, study.model.task)
+    base = load_base(study.model, raw.labels or None, study.training.seed, study.training.device)
+    shop = Workshop(study, base, raw, stores.home / "cache")
+    if study.training.precision == "bf16":
+        shop.halve()
+    return shop
+
+
+def check_same(known: Recorded, shop: Workshop) -> None:
+    """Refuse to compare what was trained on something else."""
+    now = {"model": shop.base.fingerprint, "data": shop.raw.fingerprint}
+    for kind, before in known.fingerprints.items():
+        if now[kind] != before:
+            raise StorageError(f"The {kind} changed since the study ran ({before} then, {now[kind]} now).")
+
+
+def train(shop: Workshop, config: TrialConfig, known: Recorded, folder: Path, on_step: OnStep) -> Report:
+    """Train by the same stretches as a sweep does; the report of the last one."""
+    begin = None
+    for until in (step for step in shop.study.training.eval_steps if step <= known.step):
+        job = Job(0, known.order, config, begin, folder / f"{until}.safetensors", until, None)
+        (report,) = shop.train([job], on_step)
+        if report.error:
+            raise TrialFailed(f"Trained again, the trial ends at step {report.step}: {report.error}")
+        begin = job.end
+    return report
