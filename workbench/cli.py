@@ -71,6 +71,7 @@ def sweep(
     from rich.console import Console
 
     from workbench.sweep.display import Display
+    from workbench.sweep.edges import edges
     from workbench.sweep.run import sweep as run
     from workbench.sweep.spec import load_study
     from workbench.tracking import frames
@@ -85,13 +86,15 @@ def sweep(
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     with Display(loaded, console).open() as display:
         try:
-            run(loaded, where, display, workers=workers, alone=solo, pruned=resume_trial or ())
+            ended = run(loaded, where, display, workers=workers, alone=solo, pruned=resume_trial or ())
         except KeyboardInterrupt:
             display.say("stopped; nothing is lost: the same command goes on from here")
             raise typer.Exit(130) from None
     table, objective = frames.trials(where.tracking, loaded.name), loaded.objective
     console.print(leaderboard(table, loaded.name, objective.metric, objective.goal))
     display.say(f"{len(table)} trials: {outcomes(table)}")
+    for advice in edges(loaded, ended):
+        display.say(f"note: {advice}")
     winner = frames.ranked(table, objective.goal).iloc[0]
     if winner["outcome"] != "complete":
         display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
