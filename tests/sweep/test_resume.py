@@ -16,8 +16,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from workbench.sweep import run as sweeping
-from workbench.sweep import scheduler
+from workbench.sweep import scheduler, workshop
 from workbench.sweep.checkpoints import Checkpoints
 from workbench.sweep.record import Record
 from workbench.sweep.scheduler import Scheduler
@@ -158,7 +157,7 @@ def test_ctrl_c_before_the_first_trial_leaves_nothing_to_mend(lab, undisturbed, 
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweeping, "load_base", interrupt)
+        patch.setattr(workshop, "load_base", interrupt)
         assert lab.write().sweep().code == 130
     assert "study tiny: 3 trials" in lab.sweep().out
     check_complete(lab, undisturbed)

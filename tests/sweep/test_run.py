@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from workbench.adapters.tuner_layer import TunerLayer
-from workbench.sweep import run as sweeping
-from workbench.sweep import solo
+from workbench.sweep import solo, workshop
 from workbench.sweep.budget import Clock
 from workbench.sweep.workshop import Workshop
 from workbench.training import loop, trainee
@@ -58,7 +57,7 @@ def every_method(new_lab: Callable, tmp_path_factory: pytest.TempPathFactory) ->
     lab = new_lab(tmp_path_factory.mktemp("every-method"))
     lab.write(EVERY_METHOD, budget="{trials: 20}", more=GRID)
     bases: list[Base] = []
-    with mock.patch.object(sweeping, "load_base", lambda *args: bases.append(load_base(*args)) or bases[-1]):
+    with mock.patch.object(workshop, "load_base", lambda *args: bases.append(load_base(*args)) or bases[-1]):
         done = lab.sweep()
     assert (done.code, done.err) == (0, "")
     return lab, bases[0]
@@ -213,7 +212,7 @@ def test_the_table_lists_every_trial(every_method):
 def test_a_finished_study_trains_nothing(every_method, monkeypatch: pytest.MonkeyPatch):
     lab, _ = every_method
     before = lab.results()
-    monkeypatch.setattr(sweeping, "load_base", mock.Mock(side_effect=AssertionError("it is finished")))
+    monkeypatch.setattr(workshop, "load_base", mock.Mock(side_effect=AssertionError("it is finished")))
     done = lab.sweep()
     assert done.code == 0
     assert "study tiny is finished: 5 trials, every combination of its grid." in done.out
@@ -524,7 +523,7 @@ def test_new_tokens(lab, monkeypatch: pytest.MonkeyPatch):
     )
     new = [word for word, _ in words.most_common() if len(tokenizer.tokenize(word)) > 1][:2]
     bases: list[Base] = []
-    monkeypatch.setattr(sweeping, "load_base", lambda *args: bases.append(load_base(*args)) or bases[-1])
+    monkeypatch.setattr(workshop, "load_base", lambda *args: bases.append(load_base(*args)) or bases[-1])
     methods = f"""
     trainable_tokens:
       token_indices: {{new_tokens: {new}}}

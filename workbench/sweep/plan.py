@@ -21,7 +21,6 @@ from .budget import PROGRESS
 from .planning import Planner, Verdict, corners, survey
 from .pool import one_thread
 from .preflight import preflight
-from .reproduce import open_shop
 from .run import stored_study
 from .space import METHOD
 from .spec import Study
@@ -155,7 +154,7 @@ def measured(
 ) -> dict[str, Pace]:
     """The pace of each method's first configuration that can run, by training it for some steps with real weights."""
     say("loading the base model ...")
-    shop = open_shop(study, stores)
+    shop = Workshop.open(study, stores.home)
     pace = {}
     steps = min(steps, study.training.steps)
     with tempfile.TemporaryDirectory() as folder, one_thread(shop.base.device):

@@ -8,13 +8,11 @@ from pathlib import Path
 
 from workbench.errors import StorageError, TrialFailed
 from workbench.tracking.recorded import Recorded, recorded
-from workbench.training.base import load_base
-from workbench.training.data import read_data
 from workbench.training.stint import OnStep, Report
 
 from .pool import one_thread
 from .space import TrialConfig, from_params
-from .spec import Study, load_study
+from .spec import load_study
 from .stores import Stores
 from .workshop import Job, Workshop
 
@@ -50,22 +48,12 @@ def reproduce(name: str, number: int, stores: Stores, on_step: OnStep) -> Again:
     """
     known = recorded(stores.tracking, name, number)
     study = load_study(known.file, known.text)
-    shop = open_shop(study, stores)
+    shop = Workshop.open(study, stores.home)
     check_same(known, shop)
     config = from_params(known.params, study)
     with tempfile.TemporaryDirectory() as folder, one_thread(shop.base.device):
         report = train(shop, config, known, Path(folder), on_step)
     return Again(config, known.step, known.metrics, report.metrics)
-
-
-def open_shop(study: Study, stores: Stores) -> Workshop:
-    """What a study's trials share, as a sweep has it."""
-    raw = read_data(study.data, study.model.task)
-    base = load_base(study.model, raw.labels or None, study.training.seed, study.training.device)
-    shop = Workshop(study, base, raw, stores.home / "cache")
-    if study.training.precision == "bf16":
-        shop.halve()
-    return shop
 
 
 def check_same(known: Recorded, shop: Workshop) -> None:

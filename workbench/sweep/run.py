@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import filelock
@@ -17,8 +17,7 @@ from optuna.trial import FrozenTrial
 
 from workbench.errors import StorageError
 from workbench.tracking.runs import StudyRun, Tracking, environment, open_tracking, public_url
-from workbench.training.base import load_base, pick_device, quiet
-from workbench.training.data import read_data
+from workbench.training.base import pick_device, quiet
 from workbench.training.memory import Meter
 
 from . import solo
@@ -74,15 +73,8 @@ def sweep(
         loaded: list[torch.Tensor] = []
         meter = Meter(pick_device(study.training.device), (lambda: loaded) if study.training.track_memory else None)
         with display.waiting("reading the data and loading the base model"), meter.phase("load"):
-            raw = read_data(study.data, study.model.task)
-            base = load_base(study.model, raw.labels or None, study.training.seed, study.training.device)
-            loaded += [*base.model.parameters(), *base.model.buffers()]
-            if study.model.weights == "random":
-                base = replace(base, fresh=())  # an artifact of the study holds all of its weights
-            shop = Workshop(study, base, raw, stores.home / "cache")
-            shop.data(())  # tokenised once, here, with the loading and not with the first trial
-            if study.training.precision == "bf16":
-                shop.halve()
+            shop = Workshop.open(study, stores.home)
+            loaded += [*shop.base.model.parameters(), *shop.base.model.buffers()]
         team = crew(shop, interrupt, workers, in_flight(study))
         preflight(study, shop.base, shop.data(()).train)
 
@@ -94,7 +86,7 @@ def sweep(
             parent = open_parent(study, stores, tracking, shop, meter)
         display.begin(earlier, shop.notes)
 
-        books, clock = Books(study, optuna_study, tracking, parent, raw.fingerprint), Clock(optuna_study)
+        books, clock = Books(study, optuna_study, tracking, parent, shop.raw.fingerprint), Clock(optuna_study)
         status = "FAILED"
         try:
             if alone:

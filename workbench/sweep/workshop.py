@@ -6,16 +6,16 @@ import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from workbench.adapters import PeftConfig
 from workbench.errors import AdapterError, DataError, TrialError, TrialFailed, WorkbenchError
-from workbench.training.base import Base
+from workbench.training.base import Base, load_base
 from workbench.training.bench import Bench, OnStep, Report, Stint
 from workbench.training.config import TrainingSection
-from workbench.training.data import RawData, TaskData, tokenize
+from workbench.training.data import RawData, TaskData, read_data, tokenize
 from workbench.training.halved import Difference, halve
 from workbench.training.memory import add_up, out_of_memory, says_no_memory
 from workbench.training.tokens import resolve
@@ -69,6 +69,23 @@ class Workshop:
     resolved: dict[Tokens, list[int]] = field(default_factory=dict)
     shared_costs: dict[str, float] = field(default_factory=dict)
     difference: Difference | None = None
+
+    @classmethod
+    def open(cls, study: Study, home: Path) -> Workshop:
+        """Read the data and load the base.
+
+        Raises:
+            DataError, ModelError: they are missing or wrong.
+        """
+        raw = read_data(study.data, study.model.task)
+        base = load_base(study.model, raw.labels or None, study.training.seed, study.training.device)
+        if study.model.weights == "random":
+            base = replace(base, fresh=())  # an artifact of the study holds all of its weights
+        shop = cls(study, base, raw, home / "cache")
+        shop.data(())  # tokenised once, here, with the loading and not with the first trial
+        if study.training.precision == "bf16":
+            shop.halve()
+        return shop
 
     def halve(self) -> None:
         """Turn the base's weights into bfloat16."""
