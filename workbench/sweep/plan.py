@@ -18,11 +18,11 @@ from workbench.training.data import read_data
 from workbench.training.rehearsal import blank_base, fault_of
 
 from .budget import PROGRESS
+from .edges import label_of
 from .planning import Planner, Verdict, corners, survey
 from .pool import one_thread
 from .preflight import preflight
 from .run import stored_study
-from .space import METHOD
 from .spec import Study
 from .stores import Stores
 from .workshop import Job, Workshop
@@ -127,7 +127,7 @@ def recorded(study: Study, stores: Stores) -> dict[str, Pace]:
         return {}
     trials: dict[str, list[FrozenTrial]] = {}
     for trial in known.get_trials(deepcopy=False) if known else ():
-        trials.setdefault(trial.params.get(METHOD, next(iter(study.methods))), []).append(trial)
+        trials.setdefault(label_of(trial, study), []).append(trial)
     found = {
         label: average(study, [trial.user_attrs.get(PROGRESS, {}) for trial in own]) for label, own in trials.items()
     }

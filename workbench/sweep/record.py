@@ -19,7 +19,7 @@ from workbench.training.memory import MIB
 
 from .budget import PROGRESS, RESUMES
 from .domains import Tokens
-from .planning import Verdict
+from .planning import GIB, Verdict
 from .space import TrialConfig, brief
 from .spec import Study
 
@@ -124,7 +124,7 @@ class Record:
         self.run.log(0, {f"predicted_peak_mib/{phase}": peak / MIB for phase, peak in peaks.items()})
         self.run.log(0, {f"predicted_mib/{part}": getattr(need, part) / MIB for part in parts})
         if limit is not None:
-            excess = (need.peak - limit) / 2**30
+            excess = (need.peak - limit) / GIB
             self.exceeds = excess > 0
             if VRAM not in self.trial.user_attrs:  # the trial may have been cut off before
                 self.trial.set_constraint(VRAM, excess)

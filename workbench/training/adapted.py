@@ -43,7 +43,8 @@ def save_adapter(model: PeftModel, base: Base, folder: Path) -> int:
         the size of the adapter's files in bytes.
     """
     model.save_pretrained(folder, save_embedding_layers=False)
-    write_weights(adapter_tensors(model, base), folder)
+    if base.fresh:
+        write_weights(adapter_tensors(model, base), folder)
     return sum(file.stat().st_size for file in folder.glob("adapter_*"))
 
 

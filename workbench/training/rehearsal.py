@@ -280,7 +280,7 @@ def step_peak(rehearsal: Rehearsal, bench: Bench, trainees: Sequence[Trainee]) -
     for trainee in trainees:
         settings = trainee.stint.settings
         every = batches(len(split), settings.batch_size, settings.steps, trainee.stint.order_seed)
-        load = Load(trainee, "train", split, settings.micro_batch_size)
+        load = Load(bench, trainee, "train", settings.micro_batch_size)
         trainee.pending = torch.tensor(max(every, key=load))
     rehearsal.reset()
     with bench.on_base(trainees):
@@ -292,7 +292,7 @@ def evaluation_peak(rehearsal: Rehearsal, bench: Bench, trainees: Sequence[Train
     """Bytes at the peak of a batch of evaluation."""
     split, first = bench.data.validation, trainees[0]
     every = by_length(split, first.stint.settings.eval_batch_size)
-    batch = max(every, key=Load(first, "validation", split))
+    batch = max(every, key=Load(bench, first, "validation"))
     rehearsal.reset()
     with torch.no_grad(), bench.on_base(trainees, training=False):
         if first.packed:
@@ -310,9 +310,12 @@ class Load:
         most: rows that go through at once; None: all.
     """
 
-    def __init__(self, trainee: Trainee, name: str, split: Split, most: int | None = None):
+    def __init__(self, bench: Bench, trainee: Trainee, name: str, most: int | None = None):
         self.most, self.kind, self.packed = most, trainee.base.kind, trainee.packed
-        self.lengths = torch.tensor([len(ids) for ids in split.features["input_ids"]])
+        if name in bench.rows:
+            self.lengths = bench.rows[name].lengths
+        else:
+            self.lengths = torch.tensor([len(ids) for ids in getattr(bench.data, name).features["input_ids"]])
         self.work = self.lengths * (1 + trainee.depth - trainee.entry[name]) if self.packed else self.lengths
 
     def __call__(self, batch: Sequence[int]) -> int:
