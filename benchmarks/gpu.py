@@ -106,7 +106,7 @@ def load(shape: Shape) -> tuple[Base, TaskData]:
         splits[name] = Split(Dataset.from_dict(columns), shape.task, pad_token_id=0)
     if shape.precision == "bf16":
         base, _ = halve(base, splits["train"])
-    return base, TaskData(splits["train"], splits["validation"], None, labels or [], [], "random")
+    return base, TaskData(splits["train"], splits["validation"], labels or [], [], "random")
 
 
 def peer_step(base: Base, data: TaskData, shape: Shape, batch_size: int) -> float:

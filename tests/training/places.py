@@ -90,7 +90,7 @@ def make_data(task: str, target: bool = False, pairs: bool = False, shortest: in
             columns["target"] = [tokenizer().decode([i for i in row if i >= 0]) for row in columns["labels"]]
         return Split(Dataset.from_dict(columns), task, 0)  # type: ignore[arg-type]
 
-    return TaskData(split(24), split(9), None, [], [], f"{task}-{target}-{pairs}-{shortest}-{longest}")
+    return TaskData(split(24), split(9), [], [], f"{task}-{target}-{pairs}-{shortest}-{longest}")
 
 
 def made_settings(**changes: Any) -> TrainingSection:

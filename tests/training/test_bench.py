@@ -174,10 +174,10 @@ def test_tokens_are_counted_as_in_the_plain_loop(places: Places) -> None:
 
 def test_the_adapter_is_written_and_answers_as_measured(places: Places) -> None:
     place, settings = places("classifying"), made_settings(steps=12)
-    stint = place.stint(lora(), settings, adapter=place.folder / "adapter")
+    stint = place.stint(lora(), settings, results=place.folder / "results")
     (report,) = place.reports([stint])
     assert report.adapter_bytes > 0
-    model = PeftModel.from_pretrained(place.base.model, place.folder / "adapter")
+    model = PeftModel.from_pretrained(place.base.model, place.folder / "results" / "adapter")
     measured = bench_file.evaluate(model, place.base, place.data.validation, settings)
     model.delete_adapter("default")
     assert measured == pytest.approx(report.metrics, rel=1e-5)

@@ -187,7 +187,7 @@ def test_causal_lm_learns_the_target_alone(tmp_path: Path) -> None:
     data = tokenize(read_data(DataSection(**files, target="a"), "CAUSAL_LM"), tokenizer, tmp_path / "cache")
     assert data.train.features[0]["input_ids"] == [good, film, ann, was, the, eos]
     assert data.train.features[0]["labels"] == [-100, -100, ann, was, the, eos]
-    assert data.rows == {"train": 1, "validation": 1}
+    assert (len(data.train), len(data.validation)) == (1, 1)
     assert "1 of 2 rows of train hold nothing to learn from and are left out." in data.notes
 
     short = DataSection(**files, target="a", max_length=2, max_target_length=2)

@@ -71,7 +71,7 @@ def measured(place: Place, *stints: Stint, bench: Bench | None = None) -> tuple[
 def agree(place: Place, blank: Bench, configs: list[PeftConfig], bench: Bench | None = None, **changes: Any) -> None:
     """Assert that a pass takes what is predicted."""
     settings = made_settings(steps=4, track_memory=True, **changes)
-    stints = [place.stint(config, settings, adapter=place.folder / f"adapter-{place.count}") for config in configs]
+    stints = [place.stint(config, settings, results=place.folder / f"results-{place.count}") for config in configs]
     need = rehearse(blank, stints)
     costs, trainable, files = measured(place, *stints, bench=bench)
     assert need.train == pytest.approx(costs["tensor_peak_mib/train"] * MIB, rel=CLOSE)

@@ -34,6 +34,7 @@ from .registry import by_peft_type
 from .sharded import check_whole
 from .tuner import Tuner
 from .tuner_layer import BASE, TunerLayer
+from .tying import holds_tied_embeddings
 
 if TYPE_CHECKING:
     from .status import TunerLayerStatus, TunerModelStatus
@@ -337,6 +338,8 @@ class PeftModel(PushToHub, nn.Module):
         """An adapter's configuration as `save_pretrained` writes it."""
         config = copy.copy(self.peft_config[adapter_name])
         config.inference_mode = True  # as peft does: whoever loads the file decides anew
+        if holds_tied_embeddings(self.get_base_model(), adapter_name):
+            config.ensure_weight_tying = False  # type: ignore[attr-defined]  # peft would tie linear layers to each
         config.base_model_name_or_path = config.base_model_name_or_path or base_name(self.get_base_model())
         if config.task_type is None:
             base = type(self.get_base_model())

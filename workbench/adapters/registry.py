@@ -56,6 +56,7 @@ class Method:
         regularisation: what is to be added to the loss in training, if anything, from the tuner and the adapter's name,
             where peft leaves that to its users.
         one_trains: only one of a model's adapters may train.
+        size: the field of the configuration that sets how many parameters an adapter has, if there is one.
     """
 
     name: str
@@ -72,8 +73,10 @@ class Method:
     after_step: Callable[[Any, str, int], None] | None = None
     regularisation: Callable[[Any, str], Tensor | None] | None = None
     one_trains: bool = False
+    size: str | None = None
 
 
+VIRTUAL = "num_virtual_tokens"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -88,6 +91,7 @@ METHODS: dict[str, Method] = {
             parameters=lora_parameters.on_parameters,
             tied=lora.TiedLora,
             regularisation=lora_variants.regularisation,
+            size="r",
         ),
         Method(
             "adalora",
@@ -100,9 +104,10 @@ METHODS: dict[str, Method] = {
             penalty=adalora.penalty,
             after_step=adalora.allocate,
             one_trains=True,
+            size="init_r",
         ),
-        Method("loha", "LoHa", loha.LoHaConfig, "hada_", loha.LoHa, lycoris.KINDS, defaults.LORA_TARGETS),
-        Method("lokr", "LoKr", lokr.LoKrConfig, "lokr_", lokr.LoKr, lycoris.KINDS, defaults.LORA_TARGETS),
+        Method("loha", "LoHa", loha.LoHaConfig, "hada_", loha.LoHa, lycoris.KINDS, defaults.LORA_TARGETS, size="r"),
+        Method("lokr", "LoKr", lokr.LoKrConfig, "lokr_", lokr.LoKr, lycoris.KINDS, defaults.LORA_TARGETS, size="r"),
         Method(
             "adaption_prompt",
             "adaption prompt",
@@ -111,6 +116,7 @@ METHODS: dict[str, Method] = {
             adaption_prompt.AdaptionPrompt,
             adaption_prompt.KINDS,
             defaults.ADAPTION_PROMPT_TARGETS,
+            size="adapter_len",
         ),
         Method("ia3", "(IA)3", ia3.IA3Config, "ia3_", ia3.IA3, ia3.KINDS, defaults.IA3_TARGETS),
         Method(
@@ -127,6 +133,7 @@ METHODS: dict[str, Method] = {
             prompt_tuning.PromptTuningConfig,
             "prompt_tuning_",
             encoder=prompt_tuning.PromptEmbedding,
+            size=VIRTUAL,
         ),
         Method(
             "prefix_tuning",
@@ -134,14 +141,23 @@ METHODS: dict[str, Method] = {
             prefix_tuning.PrefixTuningConfig,
             "prefix_tuning_",
             encoder=prefix_tuning.PrefixEncoder,
+            size=VIRTUAL,
         ),
-        Method("p_tuning", "P-tuning", p_tuning.PromptEncoderConfig, "p_tuning_", encoder=p_tuning.PromptEncoder),
+        Method(
+            "p_tuning",
+            "P-tuning",
+            p_tuning.PromptEncoderConfig,
+            "p_tuning_",
+            encoder=p_tuning.PromptEncoder,
+            size="encoder_hidden_size",
+        ),
         Method(
             "multitask_prompt_tuning",
             "multitask prompt tuning",
             multitask_prompt_tuning.MultitaskPromptTuningConfig,
             "multitask_prompt_tuning_",
             encoder=multitask_prompt_tuning.MultitaskPromptEmbedding,
+            size=VIRTUAL,
         ),
     )
 }

@@ -138,6 +138,12 @@ def tie(model: nn.Module, config: Any, made: list[tuple[Site, Adapter]]) -> list
     return [*(pair for pair in made if id(pair[0].module) not in mine), (first, source), *tied]
 
 
+def holds_tied_embeddings(model: nn.Module, name: str) -> bool:
+    """Whether an adapter has trained copies of several embeddings that share a weight, as encoder and decoder do."""
+    wrapped = [site.wrapper for site in tied_group(model)[1:] if isinstance(site.module, nn.Embedding)]
+    return any(isinstance(layer.named_adapters().get(name), ModulesToSave) for layer in wrapped if layer)
+
+
 def warn_of_merging(model: Any, config: Any, paths: list[str]) -> None:
     """Warn if an adapter on these modules, which is about to be merged, changes a weight that others share, or will
     share with them where the merged model is loaded."""

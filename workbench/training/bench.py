@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from workbench.adapters.bank import Bank, obstacle
 from workbench.errors import Diverged, WorkbenchError
 
-from .adapted import save_adapter
+from .adapted import save_results
 from .base import Base
 from .data import IGNORED, TaskData
 from .frozen import Activations
 from .layout import Group
-from .loop import Row, Scores, backward, check_finite, evaluate, in_order, measure, scores, taken_apart
+from .loop import Measured, Row, Scores, backward, check_finite, evaluate, in_order, measure, scores, taken_apart
 from .memory import Meter, add_up, out_of_memory, release, says_no_memory
 from .optimizer import step as optimizer_step
 from .packed import Known, Packed, Scored
@@ -167,8 +167,9 @@ class Bench:
             return
         with trainee.attached():  # where it trains biases of the base, only then they are its own
             trainee.save()
-            if stint.adapter is not None:
-                report.adapter_bytes = save_adapter(trainee.model, self.base, stint.adapter)
+            if stint.results is not None and trainee.measured is not None:
+                split = self.data.validation
+                report.adapter_bytes = save_results(trainee.model, self.base, split, trainee.measured, stint.results)
 
     def prepare(self, trainees: Sequence[Trainee]) -> None:
         """Have the activations at hand with which rows enter late; without room for them they enter at the bottom."""
@@ -333,23 +334,23 @@ class Bench:
         with meter.phase("eval"), torch.no_grad():
             found = self._measured(trainees)
         share(meter, trainees, [trainee.work_of(self.rows.get("validation")) for trainee in trainees])
-        for trainee, metrics in zip(trainees, found, strict=True):
+        for trainee, measured in zip(trainees, found, strict=True):
             with self._blamed(trainee.report):
-                check_finite(trainee.step, trainee.stint.settings, {"validation loss": metrics["loss"]})
-                trainee.report.metrics = metrics
+                check_finite(trainee.step, trainee.stint.settings, {"validation loss": measured.metrics["loss"]})
+                trainee.measured, trainee.report.metrics = measured, measured.metrics
 
-    def _measured(self, trainees: Sequence[Trainee]) -> list[dict[str, float]]:
-        """The metrics of the validation split for each trial."""
+    def _measured(self, trainees: Sequence[Trainee]) -> list[Measured]:
+        """What each trial does on the validation split."""
         split, size = self.data.validation, trainees[0].stint.settings.eval_batch_size
         with self.on_base(trainees, training=False):
             if not trainees[0].packed:
                 return [evaluate(trainees[0].model, self.base, split, trainees[0].stint.settings)]
             found = self._score(trainees, self.rows["validation"], size)
-        metrics = []
+        measured = []
         for trainee, rows in zip(trainees, found, strict=True):
             with trainee.attached() if "target" in split.features.column_names else nullcontext():
-                metrics.append(measure(trainee.model, self.base, split, rows, size)[0])
-        return metrics
+                measured.append(measure(trainee.model, self.base, split, rows, size))
+        return measured
 
     def _score(self, trainees: Sequence[Trainee], rows: Rows, batch_size: int) -> list[list[Row]]:
         """The scored positions of all rows, in the order of the split, for each trial."""

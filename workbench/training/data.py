@@ -59,6 +59,11 @@ class RawData:
     notes: list[str]
     fingerprint: str
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Number of rows by split."""
+        return {name: len(next(iter(columns.values()))) for name, columns in self.splits.items()}
+
 
 @dataclass(frozen=True)
 class Split:
@@ -81,19 +86,16 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The splits, tokenised; `fingerprint` is of rows, tokenizer and settings; `labels`, `notes` as in `RawData`."""
+    """What trials train on and are compared by, tokenised. The test split is not among it (see `open_vault`).
+
+    `fingerprint` is of rows, tokenizer and settings; `labels`, `notes` as in `RawData`.
+    """
 
     train: Split
     validation: Split
-    test: Split | None
     labels: list[str]
     notes: list[str]
     fingerprint: str
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Number of rows by split."""
-        return {name: len(split) for name in SPLITS if (split := getattr(self, name)) is not None}
 
 
 # ---------------------------------------------------------------- text
@@ -295,36 +297,54 @@ def digest(value: Any) -> str:
 
 
 def tokenize(raw: RawData, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> TaskData:
-    """Turn text into token ids, once: the result lies in `cache_dir` under a hash of rows, tokenizer and settings.
+    """Turn what trials may see into token ids, once: the result lies in `cache_dir` under a hash of rows, tokenizer and
+    settings.
 
     Raises:
         DataError: nothing is left of a split, or the tokenizer lacks the end-of-text token that targets end with.
     """
+    fingerprint, notes = fingerprint_of(raw, tokenizer), list(raw.notes)
+    train, validation = (encoded(raw, name, tokenizer, cache_dir, fingerprint) for name in ("train", "validation"))
+    for name, split in (("train", train), ("validation", validation)):
+        if left_out := raw.rows[name] - len(split):
+            notes.append(f"{left_out} of {raw.rows[name]} rows of {name} hold nothing to learn from and are left out.")
+    return TaskData(train, validation, raw.labels, notes, fingerprint)
+
+
+def open_vault(raw: RawData, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Split:
+    """The test split. Whoever calls this has to record that it was read.
+
+    Raises:
+        DataError: there is none.
+    """
+    if "test" not in raw.splits:
+        raise DataError("data: there is no test split; name one in data.test.")
+    return encoded(raw, "test", tokenizer, cache_dir, fingerprint_of(raw, tokenizer))
+
+
+def fingerprint_of(raw: RawData, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of rows, tokenizer and settings."""
     lengths = raw.section.model_dump(include={"max_length", "max_target_length"})
     settings = {"rows": raw.fingerprint, "tokenizer": tokenizer_state(tokenizer), **lengths, "encoding": ENCODING}
-    fingerprint = digest(settings)
-    encode, notes = encoder(raw, tokenizer), list(raw.notes)
+    return digest(settings)
+
+
+def encoded(raw: RawData, name: str, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, fingerprint: str) -> Split:
+    """A split as token ids."""
+    columns = raw.splits[name]
     cache_dir.mkdir(parents=True, exist_ok=True)
     datasets.disable_progress_bars()
-    splits = {}
-    for name, columns in raw.splits.items():
-        features = Dataset.from_dict(columns).map(
-            encode,
-            batched=True,
-            remove_columns=list(columns),
-            cache_file_name=str(cache_dir / f"{fingerprint}-{name}.arrow"),
-            load_from_cache_file=True,
-            new_fingerprint=f"{fingerprint}-{name}",
-        )
-        rows = len(next(iter(columns.values())))
-        if not len(features):
-            raise DataError(f"data: no row of {name} holds anything to learn from after tokenisation.")
-        if len(features) < rows:
-            notes.append(
-                f"{rows - len(features)} of {rows} rows of {name} hold nothing to learn from and are left out."
-            )
-        splits[name] = Split(features, raw.task, tokenizer.pad_token_id)
-    return TaskData(splits["train"], splits["validation"], splits.get("test"), raw.labels, notes, fingerprint)
+    features = Dataset.from_dict(columns).map(
+        encoder(raw, tokenizer),
+        batched=True,
+        remove_columns=list(columns),
+        cache_file_name=str(cache_dir / f"{fingerprint}-{name}.arrow"),
+        load_from_cache_file=True,
+        new_fingerprint=f"{fingerprint}-{name}",
+    )
+    if not len(features):
+        raise DataError(f"data: no row of {name} holds anything to learn from after tokenisation.")
+    return Split(features, raw.task, tokenizer.pad_token_id)
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

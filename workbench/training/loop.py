@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Literal, ParamSpec, overload
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class Result:
         best: each metric's best value over all evaluations.
         losses: the training loss of every step.
         tokens: tokens of the training batches, padding not counted.
+        measured: the last evaluation, example by example.
     """
 
     meter: Meter
@@ -46,6 +47,7 @@ class Result:
     best: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
+    measured: Measured | None = None
 
 
 # ---------------------------------------------------------------- training
@@ -101,7 +103,9 @@ def train(
         OutOfMemory: the trial did not fit; what it held has been released.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters}], lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
     rising = round(settings.warmup * settings.steps)
     schedule = get_scheduler(SCHEDULES[settings.schedule], optimizer, rising, settings.steps)
     order = batches(len(data.train), settings.batch_size, settings.steps, order_seed)
@@ -110,9 +114,10 @@ def train(
         result.meter.held = lambda: [*model.parameters(), *model.buffers(), *state_of(optimizer, parameters)]
     step = 0
     with seeded(seed, base.device), gradients_cleared(model):
-        for stop in settings.eval_steps:
+        for stop in settings.eval_steps if parameters else [settings.steps]:
             with result.meter.phase("train"):
                 training_mode(model, settings.base_dropout)
+                step = step if parameters else stop  # no step would change anything
                 while step < stop:
                     step += 1
                     indices = next(order)
@@ -130,7 +135,8 @@ def train(
                     if on_step:
                         on_step(step, result.losses[-1])
             with result.meter.phase("eval"):
-                result.metrics = evaluate(model, base, data.validation, settings)
+                result.measured = evaluate(model, base, data.validation, settings)
+                result.metrics = result.measured.metrics
             check_finite(step, settings, {"validation loss": result.metrics["loss"]})
             result.best = better(base, result.best, result.metrics)
             on_eval(step, result.metrics)
@@ -238,36 +244,33 @@ class Row:
     labels: list[int]
 
 
-@overload
-def evaluate(
-    model: PeftModel, base: Base, split: Split, settings: TrainingSection, predictions: Literal[False] = False
-) -> dict[str, float]: ...
-@overload
-def evaluate(
-    model: PeftModel, base: Base, split: Split, settings: TrainingSection, predictions: Literal[True]
-) -> tuple[dict[str, float], list[Any]]: ...
-@torch.no_grad()
-def evaluate(
-    model: PeftModel, base: Base, split: Split, settings: TrainingSection, predictions: bool = False
-) -> dict[str, float] | tuple[dict[str, float], list[Any]]:
-    """The metrics of a split (see `METRICS`).
+@dataclass(frozen=True)
+class Measured:
+    """What a model did on a split.
 
-    `loss` is the mean over rows (SEQ_CLS) or over all scored tokens (the other tasks), in nats.
-
-    Args:
-        predictions: return for each row as well what was predicted: the class, the tags of the scored words, the text
-            produced, or, where the task is plain text, the row's mean loss.
+    Attributes:
+        metrics: see `METRICS`. `loss` is the mean over rows (SEQ_CLS) or over all scored tokens (the other tasks), in
+            nats.
+        rows: their scored positions.
+        predicted: for each row the class, the tags of the scored words, the text produced, or, where the task is plain
+            text, the row's mean loss.
     """
+
+    metrics: dict[str, float]
+    rows: list[Row]
+    predicted: list[Any]
+
+
+@torch.no_grad()
+def evaluate(model: PeftModel, base: Base, split: Split, settings: TrainingSection) -> Measured:
+    """Measure a model on a split."""
     model.eval()
     order = by_length(split, settings.eval_batch_size)
     rows = in_order(order, [row for indices in order for row in score_rows(model, base, split, indices)])
-    metrics, predicted = measure(model, base, split, rows, settings.eval_batch_size)
-    return (metrics, predicted) if predictions else metrics
+    return measure(model, base, split, rows, settings.eval_batch_size)
 
 
-def measure(
-    model: PeftModel, base: Base, split: Split, rows: list[Row], batch_size: int
-) -> tuple[dict[str, float], list[Any]]:
+def measure(model: PeftModel, base: Base, split: Split, rows: list[Row], batch_size: int) -> Measured:
     """The metrics of a split whose rows were scored, and what was predicted; texts are produced here."""
     losses = [loss for row in rows for loss in row.losses]
     metrics = {"loss": math.fsum(losses) / len(losses)}
@@ -290,7 +293,7 @@ def measure(
         texts = [text for indices in order for text in produce(model, base, split, indices, longest)]
         predicted = in_order(order, texts)
         metrics |= score_texts(predicted, split.features["target"][:])
-    return metrics, predicted
+    return Measured(metrics, rows, predicted)
 
 
 def by_length(split: Split, batch_size: int) -> list[list[int]]:

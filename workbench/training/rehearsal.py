@@ -275,8 +275,10 @@ def file_size(trainee: Trainee) -> int:
 
 
 def step_peak(rehearsal: Rehearsal, bench: Bench, trainees: Sequence[Trainee]) -> int:
-    """Bytes at the peak of a training step."""
-    split = bench.data.train
+    """Bytes at the peak of a training step; where nothing trains none is made."""
+    split, trainees = bench.data.train, [trainee for trainee in trainees if trainee.parameters]
+    if not trainees:
+        return rehearsal.now
     for trainee in trainees:
         settings = trainee.stint.settings
         every = batches(len(split), settings.batch_size, settings.steps, trainee.stint.order_seed)

@@ -25,7 +25,8 @@ class Stint:
         order_seed: of the order of the data.
         checkpoint: the file that holds the trial between stints. If there is none the trial begins.
         until: the last step of this stint; validation is measured after it.
-        adapter: a folder for the adapter's files after the stint; None while more stints are to come.
+        results: a folder for the adapter's files and the predictions after the stint (`save_results`); None while more
+            stints are to come.
     """
 
     trial: int
@@ -35,7 +36,7 @@ class Stint:
     order_seed: int
     checkpoint: Path
     until: int
-    adapter: Path | None = None
+    results: Path | None = None
 
 
 @dataclass

@@ -17,15 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workbench.adapters import PeftModel, get_peft_model
 from workbench.adapters.bank import by_token
 from workbench.adapters.dropout import seed_dropout
 from workbench.adapters.methods.trainable_tokens import TrainableTokens
 from workbench.errors import CheckpointError, ConfigError
 
+from .adapted import count, new_adapter
 from .base import Base, positions
 from .data import TaskData, batches
 from .layout import Group
+from .loop import Measured
 from .optimizer import TrialOptimizer
 from .packed import Packed
 from .rows import Rows
@@ -43,6 +44,7 @@ class Trainee:
         entry: for each split the layer at which each row enters, `(rows,)`: all below gives what it gave before.
         step: steps made so far.
         pending: rows of the batch at work, `(rows,)`; the same one again where memory ran out.
+        measured: the last evaluation.
         work: tokens times layers that this stint went through.
         place: which group of a pass is this trial's.
         tokens_of_batch: tokens of the batch at work, virtual ones included.
@@ -52,8 +54,8 @@ class Trainee:
 
     def __init__(self, base: Base, data: TaskData, stint: Stint, packed: Packed | None, rows: dict[str, Rows]):
         self.base, self.stint, self.report = base, stint, Report(stint.trial)
-        torch.manual_seed(stint.seed)
-        self.model: PeftModel = get_peft_model(base.model, copy.deepcopy(stint.config))  # training may change it
+        config = copy.deepcopy(stint.config)  # training may change it
+        self.model = new_adapter(base, config, stint.seed, new_head=stint.seed != stint.settings.seed)
         try:
             self._begin(data, packed, rows)
         except BaseException:
@@ -74,15 +76,18 @@ class Trainee:
             if dtype == torch.float32 or settings.precision == "bf16":
                 layer.adapter(NAME).compute_dtype = dtype
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.report.trainable, self.report.total = self.model.get_nb_trainable_parameters()
+        self.report.trainable, self.report.total = count(self.model)
         self.optimizer = TrialOptimizer(list(self.parameters.values()), settings)
         self.step = 0
         if self.stint.checkpoint.exists():
             self._load(self.stint.checkpoint)
+        if not self.parameters:  # no step would change anything
+            self.step = self.stint.until
         self.report.step = self.step
         order = batches(len(data.train), settings.batch_size, settings.steps, self.stint.order_seed)
         self.order: Iterator[list[int]] = itertools.islice(order, self.step, None)
         self.pending: Tensor | None = None
+        self.measured: Measured | None = None
         self.work = 0.0
         self.place = self.tokens_of_batch = 0
         self.packed = packed is not None and not settings.base_dropout and by_token(self.model)

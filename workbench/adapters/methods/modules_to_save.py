@@ -50,10 +50,11 @@ class ModulesToSave(Adapter):
 
     @classmethod
     def replace_each(cls, adapters: Sequence[Self], groups: Groups, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        """Of linear layers at once, such as heads."""
-        copies = [adapter.modules_to_save for adapter in adapters]
+        """Of small linear layers at once, such as heads; copying large ones would take longer, and memory."""
+        copies: list[Any] = [adapter.modules_to_save for adapter in adapters]
         plain = all(type(copy) is nn.Linear and copy.bias is not None for copy in copies)
-        if not plain or len(copies) == 1 or not groups.worth_stacking(x):
+        small = plain and sum(copy.weight.numel() for copy in copies) <= x.numel()
+        if not small or len(copies) == 1 or not groups.worth_stacking(x):
             return super().replace_each(adapters, groups, x, *rest, **kwargs)
         weight, bias = (torch.stack([getattr(copy, name) for copy in copies]) for name in ("weight", "bias"))
         return groups.unstack(torch.baddbmm(bias[:, None], groups.stack(x), weight.mT), x)
