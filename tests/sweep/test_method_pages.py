@@ -1,4 +1,5 @@
-"""Every method has a page in docs/methods, and the snippets there are entries of a study that runs."""
+"""Every method has a page in docs/methods, the baselines share one, and the snippets there are entries of a study that
+runs."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from workbench.sweep.spec import load_study
 
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 LLAMA = f"model: {{path: {ASSETS / 'tiny-llama'}, task: SEQ_CLS}}\n"
+BASELINES = "baselines"
 MODELS = {"adaption_prompt": LLAMA}  # what the tiny BERT of these tests is not
 
 
@@ -23,7 +25,7 @@ def snippets(method: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("method", "snippet"),
-    [pytest.param(m, text, id=text.partition(":")[0]) for m in METHODS for text in snippets(m)],
+    [pytest.param(m, text, id=text.partition(":")[0]) for m in (*METHODS, BASELINES) for text in snippets(m)],
 )
 def test_a_snippet_runs(method: str, snippet: str, lab: Any) -> None:
     lab.write(snippet, budget="{trials: 1}", more=MODELS.get(method, ""))
@@ -31,7 +33,7 @@ def test_a_snippet_runs(method: str, snippet: str, lab: Any) -> None:
     assert (done.code, done.err) == (0, "")
     (trial,) = lab.trials
     assert trial.data.tags["workbench.outcome"] == "complete"
-    assert trial.data.metrics["trainable_params"] > 0
+    assert trial.data.metrics["trainable_params"] > 0 or "zero_shot" in snippet
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -41,4 +43,4 @@ def test_a_page_shows_its_method(method: str, lab: Any) -> None:
 
 
 def test_no_page_is_left_over():
-    assert {page.stem for page in PAGES.glob("*.md")} <= set(METHODS)
+    assert {page.stem for page in PAGES.glob("*.md")} <= {*METHODS, BASELINES}

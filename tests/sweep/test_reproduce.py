@@ -111,6 +111,6 @@ def test_what_is_recorded(swept: Any) -> None:
     known = recorded(default_store(swept.home)[0], swept.name, 2)
     assert Path(known.file).is_absolute()
     assert known.text == swept.file.read_text()
-    assert (known.order, known.step) == (2, 10)
+    assert (known.seeds, known.step) == ((0, 3), 10)
     assert known.metrics.keys() == {"loss", "accuracy", "f1", "mcc"}
     assert known.params == swept.study.get_trials()[2].params

@@ -144,7 +144,7 @@ def test_the_child_runs(every_method):
     size = sum(parameter.numel() for parameter in base.model.parameters())
     for number, run in enumerate(lab.trials):
         tags, metrics = run.data.tags, run.data.metrics
-        assert (tags["workbench.trial"], tags["workbench.seed"]) == (str(number), "0")
+        assert (tags["workbench.trial"], tags["workbench.init_seed"]) == (str(number), "0")
         assert (tags["workbench.outcome"], run.info.status) == ("complete", "FINISHED")
         assert tags["workbench.method"] == {"tokens_with_lora": "lora"}.get(label := tags["workbench.label"], label)
         assert run.data.params[f"{label}.learning_rate"] == {"ia3": "0.05"}.get(label, "0.03")

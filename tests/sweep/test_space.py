@@ -14,7 +14,8 @@ from optuna.trial import FixedTrial
 from workbench.adapters.registry import METHODS
 from workbench.errors import StorageError
 from workbench.sweep.domains import Tokens
-from workbench.sweep.space import TrialConfig, combinations, decisions, from_params, in_flight, pruner, sampler, suggest
+from workbench.sweep.samplers import pruner, sampler
+from workbench.sweep.space import TrialConfig, combinations, decisions, from_params, in_flight, suggest
 from workbench.sweep.spec import Study, load_study
 
 HEAD = """\

@@ -29,9 +29,9 @@ class Checkpoints:
         """The file of a trial at a step."""
         return self.folder / f"{number}-{step}.safetensors"
 
-    def adapter(self, number: int) -> Path:
-        """A folder for the files of a trial's adapter, until they are recorded."""
-        return self.folder / f"{number}-adapter"
+    def results(self, number: int) -> Path:
+        """A folder for what a trial comes to, until it is recorded."""
+        return self.folder / f"{number}-results"
 
     def keep_only(self, number: int, step: int | None = None) -> None:
         """Delete what there is of a trial, but for its file at this step."""

@@ -78,16 +78,19 @@ class Display:
                 f"{self.study.objective.metric}"
             )
         if self._progress:
-            total = self.study.budget.trials
+            total = trials_in_all(self.study)
             self._study_bar = self._progress.add_task(f"study {self.study.name}", total=total, completed=done, note="")
 
-    def trial(self, number: int, config: TrialConfig, step: int = 0, resumes: int | None = None) -> None:
-        """A trial takes part, from a step on; perhaps it takes up a pruned one again."""
+    def trial(self, number: int, config: TrialConfig, step: int = 0, note: str = "") -> None:
+        """A trial takes part, from a step on.
+
+        Args:
+            note: what is special about it.
+        """
         varied = ", ".join(f"{key}={value}" for key, value in config.describe().items())
         name = self._names[number] = f"trial {number} {config.label}"
         if not self._progress:
-            words = [varied, f"takes up trial {resumes} again" if resumes is not None else ""]
-            words.append(f"from step {step}" if step else "")
+            words = [varied, note, f"from step {step}" if step else ""]
             told = ", ".join(filter(None, words))
             self.say(f"{name}: {told}" if told else name)
 
@@ -135,3 +138,13 @@ class Display:
             self.say(f"{tried}, every combination of its grid.")
         else:
             self.say(f"{tried} have used its budget ({budget.words(self.study)}). Raise the budget to go on with it.")
+
+
+def trials_in_all(study: Study) -> int | None:
+    """How many trials a study will have at most, if its budget says so."""
+    own, methods, finalists = study.budget.per_method, len(study.methods), study.finalists
+    limits = [study.budget.trials, own.trials * methods if own and own.trials else None]
+    searched = min((limit for limit in limits if limit is not None), default=None)
+    if searched is None or finalists is None:
+        return searched
+    return searched + methods * finalists.per_method * finalists.initialisations * finalists.orders

@@ -9,6 +9,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from .roles import drawn, of_label
 from .space import METHOD
 from .spec import Study
 
@@ -22,19 +23,14 @@ def edges(study: Study, trials: Sequence[FrozenTrial]) -> list[str]:
     found = []
     best = max if study.objective.goal == "maximize" else min
     for label in study.methods:
-        own = [trial for trial in trials if trial.state == TrialState.COMPLETE and label_of(trial, study) == label]
+        own = [trial for trial in of_label(drawn(trials), label, study) if trial.state == TrialState.COMPLETE]
         if len(own) < ENOUGH:
             continue
-        top = best(own, key=lambda trial: trial.value)  # type: ignore[arg-type,return-value]
+        top = best(own, key=lambda trial: trial.values[0])
         for name, distribution in top.distributions.items():
             if name != METHOD and (words := end(top.params[name], distribution)):
                 found.append(f"{name} = {top.params[name]:.3g} was best, at the {words}; widen it to be sure")
     return found
-
-
-def label_of(trial: FrozenTrial, study: Study) -> str:
-    """The entry of the study's `methods` that a trial is of."""
-    return trial.params.get(METHOD, next(iter(study.methods)))
 
 
 def end(value: Any, distribution: BaseDistribution) -> str:

@@ -18,8 +18,9 @@ import pydantic
 from pydantic_core import ErrorDetails
 
 from workbench.adapters.config import PeftConfig
-from workbench.adapters.registry import METHODS
 from workbench.training.config import PER_METHOD, TrainingSection
+
+from .baselines import BASELINES, CHOICES
 
 TOKEN_FIELDS = ("token_indices", "trainable_token_indices")
 _BOOKKEEPING = {field.name for field in dataclasses.fields(PeftConfig)}
@@ -82,8 +83,8 @@ class Field:
 
 @cache
 def fields(method: str) -> dict[str, Field]:
-    """The hyperparameters of a registered method, by name: its own, then those of the training loop."""
-    config = METHODS[method].config
+    """The hyperparameters of a method or baseline, by name: its own, then those of the training loop."""
+    config = CHOICES[method].config
     hints, docs = typing.get_type_hints(config), _documented(config)
     own = {
         # without tokens, trainable tokens would train nothing; in LoRA (default None) they are an extra
@@ -93,7 +94,8 @@ def fields(method: str) -> dict[str, Field]:
         for f in dataclasses.fields(config)
         if f.name not in _BOOKKEEPING
     }
-    infos = {name: TrainingSection.model_fields[name] for name in PER_METHOD}
+    settings = BASELINES[method].settings if method in BASELINES else PER_METHOD
+    infos = {name: TrainingSection.model_fields[name] for name in settings}
     return own | {
         name: Field(name, Annotated[info.annotation, info], info.description or "", training=True)
         for name, info in infos.items()

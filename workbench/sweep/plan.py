@@ -18,10 +18,10 @@ from workbench.training.data import read_data
 from workbench.training.rehearsal import blank_base, fault_of
 
 from .budget import PROGRESS
-from .edges import label_of
 from .planning import Planner, Verdict, corners, survey
 from .pool import one_thread
 from .preflight import preflight
+from .roles import label_of
 from .run import stored_study
 from .spec import Study
 from .stores import Stores
@@ -163,7 +163,7 @@ def measured(
             if config is None:
                 continue
             say(f"measuring {steps} steps of {label} ...")
-            job = Job(0, 0, config, None, Path(folder, f"{label}.safetensors"), steps, None)
+            job = Job(0, shop.seeds(0), config, None, Path(folder, f"{label}.safetensors"), steps, None)
             (report,) = shop.train([job], lambda trial, step, loss: None)
             if report.error:
                 raise TrialFailed(f"{label}: {report.error}")

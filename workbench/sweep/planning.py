@@ -13,6 +13,7 @@ from workbench.training.memory import MIB
 from workbench.training.rehearsal import Need, blank_base, blank_bench, rehearse
 
 from .domains import Domain
+from .match import matched, sized
 from .preflight import ends
 from .space import TrialConfig
 from .spec import MethodSpec
@@ -54,15 +55,17 @@ class Planner:
         shop: of a base without data.
         fault: why passes are padded; "" if they are packed.
         limit: bytes that a pass may take on its device; None: any number.
+        peaks: whether anybody asks for peaks of memory; else steps are not rehearsed.
     """
 
-    def __init__(self, shop: Workshop, fault: str, limit: int | None):
-        self.shop, self.fault, self.limit = shop, fault, limit
+    def __init__(self, shop: Workshop, fault: str, limit: int | None, peaks: bool = True):
+        self.shop, self.fault, self.limit, self.peaks = shop, fault, limit, peaks
         self._bench: Bench | None = None
         self._refused: dict[str, Verdict] = {}
         self._in_vain = 0
         self._known: dict[tuple[str, Point], Need] = {}
         self._lines: dict[tuple[str, Point, str], dict[int, Need]] = {}
+        self._sizes: dict[tuple[str, Point], int | None] = {}
 
     @classmethod
     def beside(cls, shop: Workshop, fault: str | None = None) -> Planner:
@@ -76,15 +79,17 @@ class Planner:
         blank = blank_base(study.model, labels, real.device, study.training.precision)
         blank = replace(blank, tokenizer=real.tokenizer, fresh=real.fresh)
         own = replace(shop, base=blank)  # shares what was tokenised
-        return cls(own, shop.bench.fault if fault is None else fault, study.memory_limit)
+        fault = shop.bench.fault if fault is None else fault
+        return cls(own, fault, study.memory_limit, study.asks_for_memory or real.device.type == "cuda")
 
     # ---------------------------------------------------------------- one trial
 
     def judge(self, config: TrialConfig) -> Verdict:
-        """What a configuration needs, or why it cannot run."""
+        """What a configuration needs, or why it cannot run. It has the size that the study asks for."""
         key = f"{config.method} {config.adapter}"
         if key not in self._refused:
             try:
+                config = self.matched(config)
                 need = self.need(config)
                 return Verdict(config, need, self.excess(need))
             except (AdapterError, DataError) as error:
@@ -92,7 +97,22 @@ class Planner:
             except Exception as error:  # an operation that PyTorch cannot do without data, say
                 reason = next(iter(str(error).splitlines()), "")
                 self._refused[key] = Verdict(config, None, unknown=f"{type(error).__name__}: {reason}")
-        return self._refused[key]
+        return replace(self._refused[key], config=config)
+
+    def matched(self, config: TrialConfig) -> TrialConfig:
+        """The configuration with as many parameters as the study asks for, if it does.
+
+        Raises:
+            AdapterError, DataError: it cannot be put on the model, or no size comes close.
+        """
+        match = self.shop.study.match
+        if match is None or config.size is not None:
+            return config
+        point = (config.method, relevant(config))
+        if point not in self._sizes:
+            self._sizes[point] = matched(config, match, lambda own: self._rehearse(own, {}).trainable).size
+        size = self._sizes[point]
+        return config if size is None else sized(config, size)
 
     def heed(self, verdict: Verdict) -> None:
         """Count how many trials in a row cannot run; they use up neither steps nor minutes."""
@@ -108,8 +128,23 @@ class Planner:
             "space needs: raise constraints.vram_gib, lower batch_size, or leave out what does not fit."
         )
 
+    def violations(self, need: Need) -> dict[str, float]:
+        """For each limit on what is known beforehand, the share of it by which a trial is above it."""
+        limits = self.shop.study.constraints
+        every = {
+            "vram_gib": (need.peak, self.limit),
+            "trainable_params": (need.trainable, limits.trainable_params),
+            "adapter_bytes": (need.files, limits.adapter_bytes),
+        }
+        return {name: value / limit - 1 for name, (value, limit) in every.items() if limit is not None}
+
     def excess(self, need: Need) -> str:
         """Why a trial that needs this much does not fit; "" if it does."""
+        limits, worst = self.shop.study.constraints, self.violations(need)
+        if worst.get("trainable_params", 0) > 0:
+            return f"it trains {need.trainable:,} parameters of at most {limits.trainable_params:,}; lower its size"
+        if worst.get("adapter_bytes", 0) > 0:
+            return f"its adapter has {need.files:,} bytes of at most {limits.adapter_bytes:,}; lower its size"
         if self.limit is None or need.peak <= self.limit:
             return ""
         phase, most = ("a training step", need.train) if need.train == need.peak else ("evaluation", need.evaluation)
@@ -146,13 +181,15 @@ class Planner:
         return found
 
     def _rehearse(self, config: TrialConfig, known: dict[str, int] | None) -> Need:
-        job = Job(0, 0, config, None, self.shop.cache / "nothing", self.shop.study.training.steps, None)
+        job = Job(
+            0, self.shop.seeds(0), config, None, self.shop.cache / "nothing", self.shop.study.training.steps, None
+        )
         with self.shop.lend(config.new_tokens) as (base, data):
             if config.new_tokens:
                 bench = blank_bench(base, data, self.fault)
             else:
                 bench = self._bench = self._bench or blank_bench(base, data, self.fault)
-            need = rehearse(bench, [self.shop.stint(job, base, data)], steps=known is None)
+            need = rehearse(bench, [self.shop.stint(job, base, data)], steps=known is None and self.peaks)
         return need if known is None else replace(need, **known)
 
     # ---------------------------------------------------------------- several

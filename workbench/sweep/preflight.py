@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from workbench.training.base import Base
 from workbench.training.data import Split
 from workbench.training.tokens import resolve
 
+from .baselines import CHOICES
 from .configure import peft_config
 from .domains import Choice, Constant, Domain, Range, TokenRange, Tokens
 from .source import Source, read
@@ -31,15 +32,22 @@ def preflight(study: Study, base: Base, train: Split) -> None:
     source = read(study.path)
     source.file = str(study.path)
     for spec in study.methods.values():
-        check(source, spec, base, train, study.training.steps)
+        size = CHOICES[spec.method].size if study.match else None
+        check(source, spec, base, train, study.training.steps, {size: 1} if size else {})
     if source.problems:
         raise StudyError(source.problems)
 
 
-def check(source: Source, spec: MethodSpec, base: Base, train: Split, steps: int) -> None:
-    """Report what of one method's space does not fit."""
+def check(
+    source: Source, spec: MethodSpec, base: Base, train: Split, steps: int, solved: Mapping[str, int] | None = None
+) -> None:
+    """Report what of one method's space does not fit.
+
+    Args:
+        solved: any value of a field that is not in the file but solved for.
+    """
     tries = {key: list(ends(domain)) for key, domain in spec.adapter.items()}
-    first = {key: values[0] for key, values in tries.items()}
+    first = {**(solved or {}), **{key: values[0] for key, values in tries.items()}}
     seen = set()
     others = [(key, first | {key: value}) for key, values in tries.items() for value in values[1:]]
     for key, fields in [(None, first), *others]:
@@ -77,7 +85,7 @@ def faults(method: str, fields: dict[str, Any], base: Base, train: Split, steps:
                 found.append(ConfigError(str(error), key))
             fields = fields | {key: ids}
     try:
-        modules = plan(base.model, peft_config(method, base.task, fields, steps))
+        modules = plan(base.model, peft_config(method, base.task, fields, steps, base.model))
     except ConfigError as error:
         return [*found, error]
     return [*found, *unmatched(fields, base.model, modules)]

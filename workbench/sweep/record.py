@@ -12,31 +12,32 @@ import optuna
 from optuna.trial import TrialState
 
 from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory
-from workbench.tracking.recorded import PARAMS
+from workbench.tracking.recorded import PARAMS, SIZE
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun
 from workbench.training.bench import Report
 from workbench.training.memory import MIB
 
-from .budget import PROGRESS, RESUMES
+from .budget import PROGRESS
 from .domains import Tokens
-from .planning import GIB, Verdict
+from .planning import Planner, Verdict
+from .roles import OUTCOME, RESUMES, About
 from .space import TrialConfig, brief
 from .spec import Study
 
-OUTCOME = "outcome"  # attribute of a trial
-VRAM = "vram_gib"  # name of a constraint, and attribute of a trial that has it
 EXACT = ("cuda_peak_allocated_mib", "tensor_peak_mib")  # measured peaks that a prediction can be held against
 INTERRUPTED = "stopped by Ctrl-C; the next `workbench sweep` of this study finishes it"
 
 
 @dataclass
 class Progress:
-    """How far a trial came: step, metrics of the last evaluation, costs so far, training tokens so far."""
+    """How far a trial came: step, metrics of the last evaluation, costs so far, training tokens so far, and its sizes:
+    trainable_params, adapter_bytes, memory as predicted (MiB)."""
 
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
+    sizes: dict[str, float] = field(default_factory=dict)
 
     def add(self, costs: Mapping[str, float]) -> None:
         """Costs of a further stretch: seconds add up, of peaks the highest counts."""
@@ -66,18 +67,24 @@ class Books:
         Args:
             progress: of the pruned trial that this one takes up again.
         """
-        study, resumes = self.study, trial.user_attrs.get(RESUMES)
+        resumes, about = trial.user_attrs.get(RESUMES), About.of_trial(trial)
         values = config.adapter | config.training
         tags = {
             "workbench.label": config.label,
             "workbench.method": config.method,
-            "workbench.seed": str(study.training.seed),
+            "workbench.role": about.role,
+            "workbench.init_seed": str(about.init),
+            "workbench.order_seed": str(about.order),
+            "workbench.config": about.config,
             "workbench.searched": " ".join(config.varied),
             PARAMS: json.dumps(trial.params),
+            **({} if config.size is None else {SIZE: str(config.size)}),
+            **({} if about.of is None else {"workbench.finalist_of": str(about.of)}),
             **({} if resumes is None else {"workbench.resumes": str(resumes)}),
         }
         params = {f"{config.label}.{key}": readable(value) for key, value in values.items()}
         run = self.parent.open_trial(trial.number, params, tags)
+        study = self.study
         self.tracking.log_dataset(run, study.name, study.data.path or study.data.train or "", self.data_fingerprint)
         trial.set_user_attr("run_id", run.run_id)
         return Record(self, trial, config, run, progress or Progress())
@@ -95,13 +102,14 @@ class Record:
 
     Attributes:
         counted: whether the numbers of parameters are noted.
-        exceeds: whether the trial is predicted to need more than the study allows.
+        exceeds: whether the trial breaks a constraint.
     """
 
     def __init__(self, books: Books, trial: optuna.Trial, config: TrialConfig, run: TrialRun, progress: Progress):
         self.books, self.trial, self.config, self.run, self.progress = books, trial, config, run, progress
         stored = books.optuna_study.get_trials(deepcopy=False)[trial.number]
         self._reported = set(stored.intermediate_values)  # before a crash
+        self._constrained = set(stored.constraints)
         self.counted = self.exceeds = False
         self._shared = 1
         self._saved: dict[str, Any] = {}
@@ -110,40 +118,53 @@ class Record:
         """Note the numbers of parameters."""
         share = 100 * trainable / total
         self.run.log(0, {"trainable_params": trainable, "all_params": total, "trainable_percent": share})
+        self.progress.sizes["trainable_params"] = trainable
         self.counted = True
 
-    def predicted(self, verdict: Verdict, limit: int | None) -> None:
-        """Note what the trial is predicted to need, for Optuna as a constraint."""
+    def predicted(self, verdict: Verdict, planner: Planner) -> None:
+        """Note what the trial is predicted to need, for Optuna as constraints."""
         if verdict.unknown:
             self.run.tag("workbench.unpredicted", verdict.unknown)
         if verdict.need is None:
             return
         need = verdict.need
-        peaks = {"load": need.weights, "train": need.train, "eval": need.evaluation}
-        parts = ("weights", "adapter", "gradients", "moments", "activations")
-        self.run.log(0, {f"predicted_peak_mib/{phase}": peak / MIB for phase, peak in peaks.items()})
-        self.run.log(0, {f"predicted_mib/{part}": getattr(need, part) / MIB for part in parts})
-        if limit is not None:
-            excess = (need.peak - limit) / GIB
-            self.exceeds = excess > 0
-            if VRAM not in self.trial.user_attrs:  # the trial may have been cut off before
-                self.trial.set_constraint(VRAM, excess)
-                self.trial.set_user_attr(VRAM, excess)
+        self.run.log(0, {"trainable_params": need.trainable})
+        if planner.peaks:
+            peaks = {"load": need.weights, "train": need.train, "eval": need.evaluation}
+            parts = ("weights", "adapter", "gradients", "moments", "activations")
+            self.run.log(0, {f"predicted_peak_mib/{phase}": peak / MIB for phase, peak in peaks.items()})
+            self.run.log(0, {f"predicted_mib/{part}": getattr(need, part) / MIB for part in parts})
+            self.progress.sizes["memory"] = need.peak / MIB
+        for name, excess in planner.violations(need).items():
+            self.constrain(name, excess)
+
+    def constrain(self, name: str, excess: float) -> None:
+        """Tell Optuna by how much of a limit the trial is above it; it is feasible below 0."""
+        self.exceeds = self.exceeds or excess > 0
+        if name not in self._constrained:  # the trial may have been cut off before
+            self.trial.set_constraint(name, excess)
+            self._constrained.add(name)
+
+    @property
+    def too_slow(self) -> str:
+        """Why a trial that took this long breaks a constraint; "" if it does not."""
+        limit, seconds = self.books.study.constraints.seconds, self.progress.seconds
+        return f"it took {seconds:.1f} of {limit:g} seconds" if limit is not None and seconds > limit else ""
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note an evaluation, in MLflow before Optuna: what Optuna knows has been recorded."""
         self.progress.step, self.progress.metrics = step, dict(metrics)
         self.run.log(step, {f"validation.{name}": value for name, value in metrics.items()})
         self.run.flush()
-        if step not in self._reported:
+        if step not in self._reported and not self.books.study.objective.several:  # Optuna then takes no reports
             self.trial.report(self.books.study.to_compare(self.progress.metrics), step)
 
-    def stint(self, report: Report, losses: Mapping[int, float], adapter: Path | None) -> None:
+    def stint(self, report: Report, losses: Mapping[int, float], results: Path | None) -> None:
         """Note what came of a stretch of training.
 
         Args:
             losses: the training loss by step.
-            adapter: the folder with the adapter's files, if the trial is at its last step.
+            results: the folder of what it came to, if the trial is at its last step.
         """
         if report.total and not self.counted:
             self.parameters(report.trainable, report.total)
@@ -155,28 +176,31 @@ class Record:
         self.progress.add(report.costs)
         self.progress.tokens += report.tokens
         if report.error is None:
-            if adapter:
-                self.keep(adapter, report.adapter_bytes)
+            if results:
+                self.keep(results, report.adapter_bytes)
             self.evaluated(report.step, report.metrics)
             self._save()
         else:
             self.progress.step = max(report.step, self.progress.step)
 
-    def keep(self, adapter: Path, size: int) -> None:
-        """Keep the trained adapter as the run's artifact; `PeftModel.from_pretrained` of peft loads it."""
+    def keep(self, results: Path, size: int) -> None:
+        """Keep predictions and the trained adapter as artifacts; `PeftModel.from_pretrained` of peft loads it."""
         self.run.log(0, {"adapter_bytes": size, "tokens_seen": self.progress.tokens})
-        self.run.artifacts(adapter, "adapter")
+        self.progress.sizes["adapter_bytes"] = size
+        self.run.artifacts(results)
 
     def end(self, outcome: Outcome, message: str = "", trace: str = "") -> None:
         """Close both with the trial's outcome."""
         costs = self.progress.costs
         self.run.log(0, costs | prediction_errors(costs) | {"seconds/total": self.progress.seconds})
+        if self.books.study.constraints.seconds is not None and costs:
+            self.constrain("seconds", self.progress.seconds / self.books.study.constraints.seconds - 1)
         self.run.end(outcome, message, trace)
         self._save()
         self.trial.set_user_attr(OUTCOME, outcome)
         tell = self.books.optuna_study.tell
         if outcome == "complete":
-            tell(self.trial, self.objective)
+            tell(self.trial, self.values)
         else:  # Optuna's samplers learn from constraints of pruned trials, not of failed ones
             given_up = outcome == "pruned" or self.exceeds
             tell(self.trial, state=TrialState.PRUNED if given_up else TrialState.FAIL)
@@ -187,9 +211,22 @@ class Record:
             self._saved = progress
 
     @property
+    def values(self) -> list[float]:
+        """What the study is for: the metric, then the costs that are to be low."""
+        progress, objective = self.progress, self.books.study.objective
+        costs = {"memory": measured_peak(progress.costs), "seconds": progress.seconds} | progress.sizes
+        return [progress.metrics[objective.metric], *(costs[name] for name in objective.also)]
+
+    @property
     def objective(self) -> float | None:
         """The study's metric at the last evaluation."""
         return self.progress.metrics.get(self.books.study.objective.metric)
+
+
+def measured_peak(costs: Mapping[str, float]) -> float:
+    """MiB at the highest peak, of whatever was measured."""
+    kinds = (*EXACT, "process_peak_growth_mib", "mps_sampled_allocated_mib")
+    return next((max(found) for kind in kinds if (found := [costs[k] for k in costs if k.startswith(kind)])), 0.0)
 
 
 def prediction_errors(costs: Mapping[str, float]) -> dict[str, float]:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.errors import StorageError, TrialFailed
-from workbench.tracking.recorded import Recorded, recorded
+from workbench.tracking.recorded import Recorded, RecordedStudy, recorded
 from workbench.training.stint import OnStep, Report
 
+from .match import sized
 from .pool import one_thread
 from .space import TrialConfig, from_params
 from .spec import load_study
 from .stores import Stores
-from .workshop import Job, Workshop
+from .workshop import Job, Seeds, Workshop
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,17 @@ def reproduce(name: str, number: int, stores: Stores, on_step: OnStep) -> Again:
         TrialFailed: the trial cannot be trained.
     """
     known = recorded(stores.tracking, name, number)
-    study = load_study(known.file, known.text)
+    study = load_study(known.study.file, known.study.text)
     shop = Workshop.open(study, stores.home)
-    check_same(known, shop)
+    check_same(known.study, shop)
     config = from_params(known.params, study)
+    config = config if known.size is None else sized(config, known.size)
     with tempfile.TemporaryDirectory() as folder, one_thread(shop.base.device):
         report = train(shop, config, known, Path(folder), on_step)
     return Again(config, known.step, known.metrics, report.metrics)
 
 
-def check_same(known: Recorded, shop: Workshop) -> None:
+def check_same(known: RecordedStudy, shop: Workshop) -> None:
     """Refuse to compare what was trained on something else."""
     now = {"model": shop.base.fingerprint, "data": shop.raw.fingerprint}
     for kind, before in known.fingerprints.items():
@@ -68,7 +70,7 @@ def train(shop: Workshop, config: TrialConfig, known: Recorded, folder: Path, on
     """Train by the same stretches as a sweep does; the report of the last one."""
     begin = None
     for until in (step for step in shop.study.training.eval_steps if step <= known.step):
-        job = Job(0, known.order, config, begin, folder / f"{until}.safetensors", until, None)
+        job = Job(0, Seeds(*known.seeds), config, begin, folder / f"{until}.safetensors", until, None)
         (report,) = shop.train([job], on_step)
         if report.error:
             raise TrialFailed(f"Trained again, the trial ends at step {report.step}: {report.error}")

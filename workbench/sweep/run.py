@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from workbench.tracking.runs import StudyRun, Tracking, environment, open_tracki
 from workbench.training.base import pick_device, quiet
 from workbench.training.memory import Meter
 
-from . import solo
-from .budget import SECONDS, Clock, spent
+from . import draw, solo
+from .budget import SECONDS, Clock
 from .checkpoints import Checkpoints
 from .display import Display
 from .interrupt import Interrupt
@@ -29,8 +30,9 @@ from .planning import Planner
 from .pool import crew
 from .preflight import preflight
 from .record import Books
+from .samplers import pruner
 from .scheduler import Scheduler, check_pruned
-from .space import in_flight, pruner
+from .space import in_flight
 from .spec import Study
 from .stores import Stores
 from .workshop import Workshop
@@ -63,8 +65,7 @@ def sweep(
     with only_one(stores.home, study.name), Interrupt() as interrupt:
         known = stored_study(study, stores)
         earlier = known.get_trials(deepcopy=False) if known else []
-        ended = not pruned and all(trial.state.is_finished() for trial in earlier)
-        if known and ended and spent(study, earlier, known.user_attrs.get(SECONDS, 0.0)):
+        if known and not pruned and draw.is_over(study, earlier, known.user_attrs.get(SECONDS, 0.0)):
             display.finished_before(earlier)
             return earlier
         for number in pruned:
@@ -109,8 +110,9 @@ def sweep(
 
 
 def foresees(study: Study, shop: Workshop) -> bool:
-    """Whether memory is predicted: where it is limited, and where what is measured can be held against it."""
-    return study.memory_limit is not None or study.training.track_memory or shop.base.device.type == "cuda"
+    """Whether trials are rehearsed: where size or memory is limited or an objective, and where what is measured can be
+    held against it."""
+    return study.asks_for_memory or study.asks_for_size or shop.base.device.type == "cuda"
 
 
 @contextmanager
@@ -141,7 +143,8 @@ def identity(study: Study) -> str:
     model = study.model.model_dump(exclude={"path", "tokenizer"})
     data = study.data.model_dump(exclude={"path", "train", "validation", "test"})
     training = study.training.model_dump(exclude={"track_memory"})
-    parts = (model, data, training, study.methods, study.objective, study.search)
+    fair = study.budget.per_method is not None
+    parts = (model, data, training, study.methods, study.objective, study.search, study.match, fair)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -189,7 +192,7 @@ def open_optuna(study: Study, stores: Stores, fingerprint: str) -> optuna.Study:
             study_name=study.name,
             storage=optuna.storages.RDBStorage(url),
             pruner=pruner(study),
-            direction=study.objective.goal,
+            directions=study.objective.directions,
             load_if_exists=True,
         )
     except Exception as error:
@@ -209,12 +212,16 @@ def open_parent(study: Study, stores: Stores, tracking: Tracking, shop: Workshop
         **{f"search.{key}": value for key, value in study.search.model_dump().items()},
         "model.fingerprint": base.fingerprint,
         "data.fingerprint": raw.fingerprint,
-        "data.rows": ", ".join(f"{split} {rows}" for split, rows in shop.data(()).rows.items()),
+        "data.rows": ", ".join(f"{split} {rows}" for split, rows in raw.rows.items()),
         "base_dropout": "on" if training.base_dropout else "off: the frozen base runs in evaluation mode",
     }
     tags = {
         "workbench.metric": study.objective.metric,
         "workbench.goal": study.objective.goal,
+        "workbench.also": " ".join(study.objective.also),
+        "workbench.per_method": json.dumps(study.budget.per_method.given) if study.budget.per_method else "",
+        "workbench.finalists": json.dumps(study.finalists.model_dump()) if study.finalists else "",
+        "workbench.test_rows": str(raw.rows.get("test", 0)),
         "workbench.optuna": public_url(stores.optuna),
         "workbench.file": str(study.path.resolve()),
         **{f"workbench.env.{key}": value for key, value in environment().items()},

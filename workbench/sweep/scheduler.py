@@ -13,24 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
 
 from workbench.errors import StorageError
 from workbench.tracking.runs import Outcome
 from workbench.training.bench import Report
 
-from .budget import PROGRESS, RESUMES, Clock, counted, spent
+from . import draw
+from .baselines import learns
+from .budget import PROGRESS, Clock
 from .checkpoints import Checkpoints
 from .display import Display
+from .entry import enter
 from .interrupt import Interrupt
 from .planning import Planner
 from .pool import Crew
-from .record import INTERRUPTED, OUTCOME, Books, Progress, Record, outcome
-from .space import HALVING, decisions, in_flight, sampler, suggest
+from .record import INTERRUPTED, Books, Progress, Record, outcome
+from .roles import ABOUT, OUTCOME, RESUMES, About
+from .space import HALVING, decisions, in_flight
 from .spec import Study
-from .workshop import Job, Workshop
+from .workshop import Job, Seeds, Workshop
 
 ROUND = "round"  # attribute of a study: to which step each trial of the round trains
+FINALISTS = 27  # that are live at once
 
 
 @dataclass
@@ -38,7 +42,9 @@ class Live:
     """A trial that has not ended.
 
     Attributes:
-        resumes: the pruned trial that it takes up again; the pruner leaves it alone.
+        seeds: where its random numbers come from.
+        searching: it is one of the search; else it takes a pruned trial up again, or is a finalist.
+        spared: the pruner leaves it alone.
         losses: by step, of the stretch that it trains now.
         goal: the step to which it trains in this round.
         begun: whether it has trained in this round.
@@ -46,7 +52,9 @@ class Live:
     """
 
     record: Record
-    resumes: int | None
+    seeds: Seeds
+    searching: bool
+    spared: bool
     losses: dict[int, float] = field(default_factory=dict)
     goal: int = 0
     begun: bool = False
@@ -117,70 +125,65 @@ class Scheduler:
 
     def _enter_cut_off(self) -> None:
         """Trials that an earlier sweep left running."""
-        trials = self.optuna_study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state == TrialState.RUNNING:
-                self.optuna_study.sampler = sampler(self.study, len(counted(trials[: trial.number])))
-                self._enter(optuna.Trial(self.optuna_study, trial._trial_id))
+        for trial in draw.cut_off(self.study, self.optuna_study):
+            self._enter(trial)
 
     def _take_up(self, number: int) -> None:
         """Go on with a pruned trial, as a new one: Optuna's trials end once."""
         pruned = self.optuna_study.get_trials(deepcopy=False)[number]
         step = pruned.user_attrs[PROGRESS]["step"]
-        attributes = {RESUMES: number, PROGRESS: {"step": step}}
+        attributes = {RESUMES: number, PROGRESS: {"step": step}, ABOUT: pruned.user_attrs.get(ABOUT, {})}
         self.optuna_study.enqueue_trial(pruned.params, user_attrs=attributes)
         trial = self.optuna_study.ask()
         shutil.copyfile(self.checkpoints.at(number, step), self.checkpoints.at(trial.number, step))
         self._enter(trial)
 
     def _fill(self) -> None:
-        """New trials, as many as may be live and the budget allows."""
-        while sum(live.resumes is None for live in self.live.values()) < in_flight(self.study):
+        """New trials, as many as may be live and the budget allows; when the search is over, finalists."""
+        while sum(live.searching for live in self.live.values()) < in_flight(self.study):
             self.interrupt.check()
-            trials = self.optuna_study.get_trials(deepcopy=False)
-            if spent(self.study, trials, self.clock.seconds):
-                return
             if self.planner and (hopeless := self.planner.hopeless):
                 if self.live:
                     return
                 raise hopeless
-            # the sampler starts anew for each, so that what is drawn depends on the trials before, not on restarts
-            self.optuna_study.sampler = sampler(self.study, len(counted(trials)))
-            self._enter(self.optuna_study.ask())
+            trial = draw.searched(self.study, self.optuna_study, self.clock.seconds)
+            if trial is None:
+                break
+            self._enter(trial)
+        if not any(live.searching for live in self.live.values()):
+            while len(self.live) < FINALISTS and (trial := draw.finalist(self.study, self.optuna_study)):
+                self._enter(trial)
 
     def _enter(self, trial: optuna.Trial) -> None:
         """Let a trial take part from where its checkpoint is, or from the start."""
-        config = suggest(trial, self.study)
-        attributes = trial.user_attrs
-        progress = Progress(**attributes.get(PROGRESS, {}))
+        progress = Progress(**trial.user_attrs.get(PROGRESS, {}))
         if not self.checkpoints.at(trial.number, progress.step).exists():
             progress = Progress()
         self.checkpoints.keep_only(trial.number, progress.step)
-        if progress.step and "run_id" in attributes:
-            record = self.books.go_on(trial, config, progress)
-        else:
-            record = self.books.begin(trial, config, progress)
-        live = self.live[trial.number] = Live(record, attributes.get(RESUMES))
-        self.display.trial(trial.number, config, progress.step, live.resumes)
+        entry = enter(trial, self.books, self.shop, self.planner, progress)
+        about, resumes = About.of_trial(trial), trial.user_attrs.get(RESUMES)
+        live = self.live[trial.number] = Live(
+            record=entry.record,
+            seeds=entry.seeds,
+            searching=resumes is None and about.role != "finalist",
+            spared=resumes is not None or about.role != "search",
+        )
+        self.display.trial(trial.number, entry.record.config, progress.step, entry.note)
         if progress.step == self.study.training.steps:  # all but the outcome was recorded
             self._end(live, "complete")
-        elif self.planner and not progress.step:
-            verdict = self.planner.judge(config)
-            record.predicted(verdict, self.planner.limit)
-            if verdict.refusal:
-                self._end(live, "infeasible", verdict.refusal)
-            self.planner.heed(verdict)
+        elif entry.refusal:
+            self._end(live, *entry.refusal)
 
     # ---------------------------------------------------------------- a round
 
     def _goals(self) -> dict[int, int]:
         """Who trains in this round, and until when. In halving those who are furthest behind, so that whoever waits at
         a rung is compared with all that come to it."""
-        racing = [live for live in self.live.values() if live.resumes is None]
+        racing = [live for live in self.live.values() if not live.spared]
         if self.study.search.pruner in HALVING:
             racing = [live for live in racing if live.step == min(other.step for other in racing)]
         goals = {live.number: min(s for s in decisions(self.study) if s > live.step) for live in racing}
-        rest = [live.number for live in self.live.values() if live.resumes is not None]
+        rest = [live.number for live in self.live.values() if live.spared]
         return goals | dict.fromkeys(rest, self.study.training.steps)
 
     def _train(self, goals: dict[int, int]) -> None:
@@ -209,21 +212,25 @@ class Scheduler:
 
     def _prune(self) -> None:
         """Losers leave. All are judged before the first one does."""
-        racing = [live for live in self.live.values() if live.resumes is None]
+        if self.study.objective.several:  # Optuna's pruners know one
+            return
+        racing = [live for live in self.live.values() if not live.spared]
         for live in [live for live in racing if live.record.trial.should_prune()]:
             self._end(live, "pruned", f"worse than others at step {live.step}")
 
     def _job(self, live: Live) -> Job:
-        """A trial's next stretch: to its next evaluation."""
-        number, step, until = live.number, live.step, min(s for s in self.study.training.eval_steps if s > live.step)
+        """A trial's next stretch: to its next evaluation, of which one is enough where nothing trains."""
+        every = self.study.training.eval_steps
+        ends = every if learns(live.record.config.method) else every[-1:]
+        number, step, until = live.number, live.step, min(s for s in ends if s > live.step)
         return Job(
             trial=number,
-            order=number if live.resumes is None else live.resumes,
+            seeds=live.seeds,
             config=live.record.config,
             begin=self.checkpoints.at(number, step) if step else None,
             end=self.checkpoints.at(number, until),
             until=until,
-            adapter=self.checkpoints.adapter(number) if until == self.study.training.steps else None,
+            results=self.checkpoints.results(number) if until == self.study.training.steps else None,
         )
 
     def _seconds(self, live: Live) -> float:
@@ -245,13 +252,16 @@ class Scheduler:
         for report in reports:
             live = self.live[report.trial]
             at_end = report.step == self.study.training.steps
-            live.record.stint(report, live.losses, self.checkpoints.adapter(live.number) if at_end else None)
+            live.record.stint(report, live.losses, self.checkpoints.results(live.number) if at_end else None)
             live.losses.clear()
             live.busy = False
             if report.error:
                 self._end(live, outcome(report.error), str(report.error), report.trace)
                 continue
             self.display.evaluated(live.number, live.step, report.metrics)
+            if too_slow := live.record.too_slow:
+                self._end(live, "infeasible", too_slow)
+                continue
             if at_end:
                 self._end(live, "complete")
                 continue

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from workbench.adapters.registry import METHODS
 from workbench.training.config import Positive
 
+from .baselines import CHOICES
 from .domains import RANGES
 from .fields import Field, fields
 from .spec import StudyFile
@@ -21,11 +21,11 @@ def json_schema() -> Schema:
     """The schema (draft 2020-12). It cannot see what spans several keys; `load_study` checks everything."""
     schema = StudyFile.model_json_schema()
     schema["$schema"] = GenerateJsonSchema.schema_dialect
-    schema["$defs"] |= {"range": _range(), "tokens": _tokens()} | {f"method_{name}": _method(name) for name in METHODS}
+    schema["$defs"] |= {"range": _range(), "tokens": _tokens()} | {f"method_{name}": _method(name) for name in CHOICES}
     schema["properties"]["methods"] |= {
         # an entry labelled with a method's name is of that method, unless it says otherwise
         "properties": {
-            name: {"if": _names_method(), "then": _any(), "else": _ref(f"method_{name}")} for name in METHODS
+            name: {"if": _names_method(), "then": _any(), "else": _ref(f"method_{name}")} for name in CHOICES
         },
         "additionalProperties": {"allOf": [_names_method(), _any()]},
     }
@@ -38,14 +38,14 @@ def _names_method() -> Schema:
 
 def _any() -> Schema:
     """The method that the key `method` names."""
-    cases = [{"if": {"properties": {"method": {"const": name}}}, "then": _ref(f"method_{name}")} for name in METHODS]
-    return {"properties": {"method": {"enum": list(METHODS)}}, "allOf": cases}
+    cases = [{"if": {"properties": {"method": {"const": name}}}, "then": _ref(f"method_{name}")} for name in CHOICES]
+    return {"properties": {"method": {"enum": list(CHOICES)}}, "allOf": cases}
 
 
 def _method(name: str) -> Schema:
     known = fields(name)
     return {
-        "title": METHODS[name].title,
+        "title": CHOICES[name].title,
         "type": ["object", "null"] if not any(field.required for field in known.values()) else "object",
         "properties": {"method": {"const": name}} | {field.name: _field(field) for field in known.values()},
         "required": [field.name for field in known.values() if field.required],

@@ -9,20 +9,21 @@ from pathlib import Path
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.trial import TrialState
 
 from workbench.errors import StorageError, TrialFailed
 from workbench.tracking.runs import Outcome
-from workbench.training.adapted import adapted, save_adapter
+from workbench.training.adapted import ADAPTER, adapted, count, save_results
 from workbench.training.loop import train
 from workbench.training.memory import Meter, release
 
-from .budget import Clock, counted, spent
+from . import draw
+from .budget import Clock
 from .display import Display
+from .entry import enter
 from .interrupt import Interrupt
 from .planning import Planner
-from .record import INTERRUPTED, Books, outcome
-from .space import sampler, suggest
+from .record import INTERRUPTED, Books, Progress, outcome
+from .roles import About
 from .workshop import Workshop, as_failure
 
 
@@ -37,16 +38,15 @@ def run(
 
 
 def trials(books: Books, clock: Clock, planner: Planner | None) -> Iterator[optuna.Trial]:
-    """Trials until the budget is spent: first those that a dead process left running, then new ones."""
+    """Trials until the budget is spent: first those that a dead process left running, then new ones, then finalists."""
     study, optuna_study = books.study, books.optuna_study
-    for cut_off in optuna_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        optuna_study.sampler = sampler(study, cut_off.number)
-        yield optuna.Trial(optuna_study, cut_off._trial_id)
-    while not spent(study, found := optuna_study.get_trials(deepcopy=False), clock.seconds):
+    yield from draw.cut_off(study, optuna_study)
+    while trial := draw.searched(study, optuna_study, clock.seconds):
+        yield trial
         if planner and (hopeless := planner.hopeless):
             raise hopeless
-        optuna_study.sampler = sampler(study, len(counted(found)))
-        yield optuna_study.ask()
+    while trial := draw.finalist(study, optuna_study):
+        yield trial
 
 
 def run_trial(
@@ -58,11 +58,12 @@ def run_trial(
     planner: Planner | None,
 ) -> None:
     """One trial, from its parameters to a typed outcome. Only Ctrl-C and broken stores come out as exceptions."""
-    config = suggest(trial, shop.study)
+    entry = enter(trial, books, shop, planner, Progress())
+    record, config, seeds = entry.record, entry.record.config, entry.seeds
     settings = shop.settings(config)
-    record = books.begin(trial, config)
-    display.trial(trial.number, config)
+    display.trial(trial.number, config, note=entry.note)
     meter = Meter(shop.base.device)
+    prunes = About.of_trial(trial).role == "search" and not shop.study.objective.several
 
     def on_step(step: int, loss: float) -> None:
         interrupt.check()
@@ -73,42 +74,39 @@ def run_trial(
     def on_eval(step: int, metrics: dict[str, float]) -> None:
         record.evaluated(step, metrics)
         display.evaluated(trial.number, step, metrics)
-        if step < settings.steps and trial.should_prune():
+        if prunes and step < settings.steps and trial.should_prune():
             raise optuna.TrialPruned(f"worse than others at step {step}")
 
-    if planner:
-        verdict = planner.judge(config)
-        record.predicted(verdict, planner.limit)
-        if verdict.refusal:
-            record.end("infeasible", verdict.refusal)
-            display.finished(trial.number, "infeasible", verdict.refusal, None, 0.0)
-        planner.heed(verdict)
-        if verdict.refusal:
-            return
+    if entry.refusal:
+        record.end(*entry.refusal)
+        display.finished(trial.number, *entry.refusal, None, 0.0)
+        return
     ending: tuple[Outcome, str, str] = ("complete", "", "")
     try:
         with (
             shop.lend(config.new_tokens) as (base, data),
-            adapted(base, shop.peft_config(config, base, data), settings.seed) as model,
+            adapted(base, shop.peft_config(config, base, data), seeds.init, seeds.init != settings.seed) as model,
         ):
-            record.parameters(*model.get_nb_trainable_parameters())
+            record.parameters(*count(model))
             result = train(
                 model,
                 base,
                 data,
                 settings,
-                seed=settings.seed,
-                order_seed=shop.order_seed(trial.number),
+                seed=seeds.init,
+                order_seed=seeds.order,
                 on_step=on_step,
                 on_eval=on_eval,
                 meter=meter,
             )
             record.progress.tokens = result.tokens
-            with tempfile.TemporaryDirectory() as folder:
-                size = save_adapter(model, base, Path(folder))
+            assert result.measured is not None
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                size = save_results(model, base, data.validation, result.measured, folder)
                 if config.new_tokens:
-                    base.tokenizer.save_pretrained(folder)
-                record.keep(Path(folder), size)
+                    base.tokenizer.save_pretrained(folder / ADAPTER)
+                record.keep(folder, size)
     except optuna.TrialPruned as pruned:
         ending = ("pruned", str(pruned), "")
     except KeyboardInterrupt:
@@ -121,5 +119,7 @@ def run_trial(
         ending = (outcome(failure), str(failure), traceback.format_exc() if isinstance(failure, TrialFailed) else "")
     release(shop.base.device)
     record.progress.add(meter.metrics)
+    if ending[0] == "complete" and record.too_slow:
+        ending = ("infeasible", record.too_slow, "")
     record.end(*ending)
     display.finished(trial.number, *ending[:2], record.objective, record.progress.seconds)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, MedianPruner, NopPruner
-from optuna.samplers import BaseSampler, BruteForceSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import BaseTrial, FixedTrial
 
 from workbench.errors import StorageError
 
 from .domains import Choice, Constant, Domain, Number, Range, TokenRange, Tokens, encode, size, total
-from .halving import Halving, rungs
+from .halving import rungs
 from .spec import Study
 
 METHOD = "method"
@@ -33,6 +29,7 @@ class TrialConfig:
         adapter: keyword arguments of its configuration class; tokens as `Tokens`, to be resolved.
         training: settings that replace those of the training section.
         varied: the keys of both that the study searches.
+        size: what was solved for, so that it has as many parameters as others (`match`).
     """
 
     label: str
@@ -40,12 +37,19 @@ class TrialConfig:
     adapter: dict[str, Any]
     training: dict[str, float | str]
     varied: tuple[str, ...]
+    size: int | None = None
 
     @property
     def new_tokens(self) -> tuple[str, ...]:
         """The texts that the trial adds to the vocabulary."""
         wanted = [value for value in self.adapter.values() if isinstance(value, Tokens)]
         return tuple(dict.fromkeys(token for tokens in wanted for token in tokens.new_tokens))
+
+    @property
+    def key(self) -> str:
+        """Hash of label and hyperparameters: the same for whatever trains the same, but for seeds."""
+        values = sorted((self.adapter | self.training).items())
+        return hashlib.sha256(repr((self.label, self.method, values)).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, str]:
         """The searched hyperparameters in a short form for people, e.g. {"r": "8", "learning_rate": "0.00123"}."""
@@ -84,54 +88,15 @@ def combinations(study: Study) -> int | None:
     return total(spec.size for spec in study.methods.values())
 
 
-def sampler(study: Study, drawn: int = 0) -> BaseSampler:
-    """Optuna's sampler for the study's search, seeded.
-
-    Args:
-        drawn: trials that are there already; a study that is resumed must not draw its first values again.
-    """
-    seed = int(np.random.SeedSequence([study.search.seed, drawn]).generate_state(1)[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        match study.search.sampler:
-            case "tpe":
-                # `group`: each method's parameters are modelled together, which a conditional space needs
-                return TPESampler(seed=seed, group=True)
-            case "random":
-                return RandomSampler(seed=seed)
-            case "grid":
-                return Exhaustive(seed=seed)
-            case "qmc":
-                return QMCSampler(seed=study.search.seed, scramble=True)  # it counts the stored trials itself
-
-
-class Exhaustive(BruteForceSampler):
-    """Every combination once, also in a conditional space; after `combinations` trials it repeats itself."""
-
-    def after_trial(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: Optuna's own calls `Study.stop` at the end, which raises in an ask-and-tell loop."""
-
-
-def pruner(study: Study) -> BasePruner:
-    """The pruner of the study's search; a trial reports at the steps `training.eval_steps`."""
-    match study.search.pruner:
-        case "median":
-            return MedianPruner()
-        case "hyperband" | "successive_halving" as name:
-            return Halving(study.training.eval_steps[0], study.training.steps, brackets=name == "hyperband")
-        case "none":
-            return NopPruner()
-
-
 def decisions(study: Study) -> list[int]:
     """The steps at which a trial may be stopped; the last one ends it."""
     steps = study.training.eval_steps
     match study.search.pruner:
-        case "median":
+        case "median" | "percentile" | "patient":
             return steps
         case "hyperband" | "successive_halving":
             return [*rungs(steps[0], steps[-1]), steps[-1]]
-        case "none":
+        case "none" | None:
             return steps[-1:]
 
 
@@ -140,14 +105,16 @@ def in_flight(study: Study) -> int:
 
     Who learns from trials (TPE), compares with those that are complete (the median) or may have to stop (minutes)
     should not have many out at once; halving needs enough to choose from; else there may be as many as there are.
+    Where methods have budgets of their own, each is compared with itself: there are some of each.
     """
-    if study.search.in_flight:
-        return study.search.in_flight
-    halves = study.search.pruner in HALVING
-    careful = study.search.sampler == "tpe" or study.budget.minutes is not None
-    if study.search.pruner == "median" or (careful and not halves):
-        return 6
-    return 9 if careful else min(27, study.budget.trials or 27)
+    search, budget = study.search, study.budget
+    if search.in_flight:
+        return search.in_flight
+    halves = search.pruner in HALVING
+    careful = search.sampler not in ("random", "grid", "qmc") or budget.minutes is not None
+    one_by_one = not halves and (search.pruner != "none" or careful)
+    few = 6 if one_by_one else 9 if careful else min(27, budget.trials or 27)
+    return max(few, (3 if halves else 2) * len(study.methods)) if budget.per_method else few
 
 
 def _draw(trial: BaseTrial, name: str, domain: Domain) -> Any:

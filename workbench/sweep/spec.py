@@ -13,11 +13,11 @@ import pydantic
 from pydantic import Field, model_validator
 from pydantic_core import ErrorDetails
 
-from workbench.adapters.registry import METHODS
 from workbench.errors import ConfigError, StudyError
 from workbench.training.config import DataSection, ModelSection, Positive, Section, Task, TrainingSection
 from workbench.training.metrics import METRICS, Goal
 
+from .baselines import CHOICES
 from .configure import peft_config
 from .domains import Candidate, Domain, Tokens, did_you_mean, parse, size
 from .fields import explain, fields
@@ -32,6 +32,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 OBJECTIVE = "objective"
+ONE_SPACE = ("gp", "cmaes", "qmc")  # samplers that model one set of hyperparameters
+NO_OPTIONS = ("random", "grid", "successive_halving", "hyperband", "none")
 _PATHS = (
     ("model", "path"),
     ("model", "tokenizer"),
@@ -44,11 +46,39 @@ _DATA_FILES = (".csv", ".json", ".jsonl", ".parquet")
 _MAX_COMBINATIONS = 256
 
 
+Cost = Literal["trainable_params", "memory", "adapter_bytes", "seconds"]
+
+
 class ObjectiveSection(Section):
     """What the search is for."""
 
     metric: str | None = Field(None, description="A validation metric; default by task: accuracy, f1, loss or chrf.")
     goal: Goal | None = Field(None, description="Default: minimize for loss and perplexity, else maximize.")
+    also: list[Cost] = Field(
+        default_factory=list, description="Costs to keep low at the same time: the search is for a Pareto front."
+    )
+
+
+class MethodBudget(Section):
+    """What each method may use, all the same: it ends at whichever comes first. At least one is needed."""
+
+    trials: Positive | None = Field(None, description="Trials, pruned and failed ones included.")
+    steps: Positive | None = Field(None, description="Optimiser steps of its trials together.")
+    tokens: Positive | None = Field(None, description="Tokens that its trials train on, padding not counted.")
+    seconds: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Seconds of training and evaluation of its trials together."
+    )
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> MethodBudget:
+        if not self.given:
+            raise ValueError("has no end: give at least one of trials, steps, tokens and seconds")
+        return self
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that there are, by unit."""
+        return self.model_dump(exclude_none=True)
 
 
 class BudgetSection(Section):
@@ -57,11 +87,15 @@ class BudgetSection(Section):
     trials: Positive | None = Field(None, description="Trials, pruned and failed ones included.")
     steps: Positive | None = Field(None, description="Optimiser steps of all trials together.")
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="Wall-clock time.")
+    per_method: MethodBudget | None = Field(
+        None,
+        description="The same for every method: they take turns, each is searched by itself, its defaults first.",
+    )
 
     @model_validator(mode="after")
     def _not_empty(self) -> BudgetSection:
-        if self.trials is None and self.steps is None and self.minutes is None:
-            raise ValueError("has no end: give at least one of trials, steps and minutes")
+        if self.trials is None and self.steps is None and self.minutes is None and self.per_method is None:
+            raise ValueError("has no end: give at least one of trials, steps, minutes and per_method")
         return self
 
 
@@ -74,17 +108,48 @@ class ConstraintsSection(Section):
         allow_inf_nan=False,
         description="GiB on the device for a pass: base, adapters, optimiser, activations; on a CPU, of one worker.",
     )
+    trainable_params: Positive | None = Field(None, description="Numbers that train, the task's head included.")
+    adapter_bytes: Positive | None = Field(None, description="Size of the adapter's files.")
+    seconds: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Seconds of a trial's training and evaluation; a slower one ends."
+    )
+
+
+class MatchSection(Section):
+    """Let all methods have about as many parameters: the rank (or what else sets a method's size) is solved for."""
+
+    trainable_params: Positive = Field(description="Numbers that train, the task's head included.")
+    within: float = Field(0.1, gt=0, le=1, description="A trial that cannot come as close as this share is infeasible.")
+
+
+class FinalistsSection(Section):
+    """The best configurations of each method train again: every initialisation with every order of the data."""
+
+    per_method: Positive = Field(1, description="How many configurations of each method.")
+    initialisations: Positive = Field(3, description="Further seeds of the adapter's first values and of dropout.")
+    orders: Positive = Field(3, description="Further seeds of the order of the data.")
 
 
 class SearchSection(Section):
     """How values are chosen and when a trial is given up."""
 
-    sampler: Literal["tpe", "random", "grid", "qmc"] = Field(
+    sampler: Literal["tpe", "gp", "cmaes", "nsgaii", "random", "grid", "qmc"] = Field(
         "tpe",
-        description="tpe: learns from earlier trials; grid: all combinations once; qmc: evenly spread, for one method.",
+        description="Optuna's, by name. grid: all combinations once; gp, cmaes, qmc: for one method, or per_method.",
     )
-    pruner: Literal["median", "hyperband", "successive_halving", "none"] = Field(
-        "median", description="Which trials are stopped early, by comparison with others at the same step."
+    sampler_options: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of Optuna's sampler, such as n_startup_trials."
+    )
+    pruner: Literal["median", "percentile", "patient", "hyperband", "successive_halving", "none"] | None = Field(
+        None,
+        description="Which trials are stopped early, compared with others at the same step; default median, with "
+        "several objectives none.",
+    )
+    pruner_options: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of Optuna's pruner, such as n_startup_trials."
+    )
+    duplicates: Literal["replicate", "skip"] = Field(
+        "replicate", description="A configuration that comes again is trained on other seeds, or not at all."
     )
     prune_by: str = Field("loss", description="The validation metric that the pruner compares, or `objective`.")
     in_flight: Positive | None = Field(
@@ -108,7 +173,9 @@ class StudyFile(Section):
     objective: ObjectiveSection = ObjectiveSection()
     budget: BudgetSection
     constraints: ConstraintsSection = ConstraintsSection()
+    match: MatchSection | None = None
     search: SearchSection = SearchSection()
+    finalists: FinalistsSection | None = None
 
 
 class Objective(Section):
@@ -116,6 +183,18 @@ class Objective(Section):
 
     metric: str
     goal: Goal
+    also: list[Cost] = Field(default_factory=list)
+
+    @property
+    def several(self) -> bool:
+        """Whether costs are to be low at the same time."""
+        return bool(self.also)
+
+    @property
+    def directions(self) -> list[Goal]:
+        """Of the metric, then of the costs."""
+        lower: list[Goal] = ["minimize"] * len(self.also)
+        return [self.goal, *lower]
 
 
 @dataclass(frozen=True)
@@ -161,7 +240,9 @@ class Study(Section):
     objective: Objective
     budget: BudgetSection
     constraints: ConstraintsSection
+    match: MatchSection | None
     search: SearchSection
+    finalists: FinalistsSection | None
     path: Path
     text: str
 
@@ -170,6 +251,17 @@ class Study(Section):
         """Bytes that a pass may take on its device; None: any number."""
         limit = self.constraints.vram_gib
         return None if limit is None else int(limit * 2**30)
+
+    @property
+    def asks_for_memory(self) -> bool:
+        """Whether what a trial will need at its peak must be known beforehand."""
+        return self.memory_limit is not None or self.training.track_memory or "memory" in self.objective.also
+
+    @property
+    def asks_for_size(self) -> bool:
+        """Whether a trial's size must be known before it trains."""
+        limits = self.constraints
+        return bool(self.match or limits.trainable_params or limits.adapter_bytes)
 
     def to_compare(self, metrics: dict[str, float]) -> float:
         """What a pruner compares at an evaluation, in the direction of the objective as Optuna wants it: the negative
@@ -204,9 +296,10 @@ def load_study(path: str | Path, text: str | None = None) -> Study:
     file = _validate(source)
     methods = _methods(source, task)
     _check_search(source, methods)
+    _check_match(source, methods)
     if source.problems or file is None:
         raise StudyError(source.problems)
-    return Study(
+    study = Study(
         name=file.study,
         model=file.model,
         data=file.data,
@@ -215,10 +308,16 @@ def load_study(path: str | Path, text: str | None = None) -> Study:
         objective=_objective(file),
         budget=file.budget,
         constraints=file.constraints,
-        search=file.search,
+        match=file.match,
+        search=_search(file),
+        finalists=file.finalists,
         path=Path(path),
         text=source.text,
     )
+    _check_options(source, study)
+    if source.problems:
+        raise StudyError(source.problems)
+    return study
 
 
 def _section(source: Source, key: str) -> dict[str, Any]:
@@ -229,7 +328,13 @@ def _section(source: Source, key: str) -> dict[str, Any]:
 
 def _objective(file: StudyFile) -> Objective:
     metric = file.objective.metric or OBJECTIVES[file.model.task]
-    return Objective(metric=metric, goal=file.objective.goal or METRICS[file.model.task][metric])
+    goal = file.objective.goal or METRICS[file.model.task][metric]
+    return Objective(metric=metric, goal=goal, also=file.objective.also)
+
+
+def _search(file: StudyFile) -> SearchSection:
+    pruner = file.search.pruner or ("none" if file.objective.also else "median")
+    return file.search.model_copy(update={"pruner": pruner})
 
 
 def _resolve_paths(source: Source, folder: Path) -> None:
@@ -289,8 +394,7 @@ def _validate(source: Source) -> StudyFile | None:
 def _report_fault(source: Source, fault: ErrorDetails) -> None:
     loc, kind = fault["loc"], fault["type"]
     if kind == "extra_forbidden":
-        section = StudyFile.model_fields[str(loc[0])].annotation if len(loc) > 1 else StudyFile
-        known = section.model_fields  # type: ignore[union-attr]
+        known = _section_at(loc[:-1]).model_fields
         hint = did_you_mean(loc[-1], known) or f"known: {', '.join(known)}"
         source.report(loc, f"unknown key {loc[-1]!r}", hint, at_key=True)
     elif kind == "missing":
@@ -301,7 +405,17 @@ def _report_fault(source: Source, fault: ErrorDetails) -> None:
         hint = "letters, digits and . _ - only, not starting with a dot"
         source.report(loc, f"{fault['input']!r} cannot be a study's name", hint)
     else:
-        source.report(loc, *explain(fault, loc[-1]))
+        name = next(key for key in reversed(loc) if isinstance(key, str))  # not a place in a list
+        source.report(loc, *explain(fault, name))
+
+
+def _section_at(loc: Sequence[int | str]) -> type[Section]:
+    """The section that a place in the file is described by."""
+    section: Any = StudyFile
+    for key in loc:
+        annotation = section.model_fields[key].annotation
+        section = next((part for part in get_args(annotation) if part is not type(None)), annotation)
+    return section
 
 
 def _methods(source: Source, task: str | None) -> dict[str, MethodSpec]:
@@ -322,8 +436,8 @@ def _methods(source: Source, task: str | None) -> dict[str, MethodSpec]:
 def _method(source: Source, label: str, entry: dict[str, Any], task: str | None) -> MethodSpec | None:
     loc: Loc = ("methods", label)
     name = entry.get("method", label)
-    if not isinstance(name, str) or name not in METHODS:
-        hint = did_you_mean(name, METHODS) or f"known: {', '.join(METHODS)}"
+    if not isinstance(name, str) or name not in CHOICES:
+        hint = did_you_mean(name, CHOICES) or f"known: {', '.join(CHOICES)}"
         if "method" in entry:
             source.report((*loc, "method"), f"there is no method {name!r}", hint)
         else:
@@ -425,11 +539,48 @@ def _config_fault(method: str, task: str | None, values: dict[str, Any], steps: 
 
 def _check_search(source: Source, methods: dict[str, MethodSpec]) -> None:
     sampler, loc = _section(source, "search").get("sampler"), ("search", "sampler")
+    several = bool(_section(source, "objective").get("also"))
     if sampler == "grid":
         for label, spec in methods.items():
             endless = [key for key, domain in spec.domains.items() if size(domain) is None]
             if endless:
                 hint = "give it values, or a q"
                 source.report(loc, f"grid needs countable values, {label}.{endless[0]} is a continuous range", hint)
-    elif sampler == "qmc" and len(methods) > 1:
-        source.report(loc, "qmc cannot choose between methods", "use tpe, random or grid")
+    elif sampler in ONE_SPACE and len(methods) > 1 and "per_method" not in _section(source, "budget"):
+        hint = "give each method a budget of its own (budget.per_method), or use tpe, random or grid"
+        source.report(loc, f"{sampler} cannot choose between methods", hint)
+    if sampler == "cmaes" and several:
+        source.report(loc, "cmaes knows one objective, objective.also names others", "use tpe, gp or nsgaii")
+    pruner = _section(source, "search").get("pruner")
+    if several and pruner not in (None, "none"):
+        source.report(("search", "pruner"), "several objectives cannot be pruned by one", "leave it out")
+
+
+def _check_match(source: Source, methods: dict[str, MethodSpec]) -> None:
+    if not _section(source, "match"):
+        return
+    for label, spec in methods.items():
+        knob = CHOICES[spec.method].size
+        if knob is not None and knob in spec.adapter:
+            source.report(
+                ("methods", label, knob), f"{knob} is solved for, as match.trainable_params is given", "leave it out"
+            )
+
+
+def _check_options(source: Source, study: Study) -> None:
+    """Let Optuna's classes see their arguments."""
+    if not study.search.sampler_options and not study.search.pruner_options:
+        return
+    from .samplers import pruner, sampler  # takes a while to import, and few files need it
+
+    for kind, make in (("sampler", sampler), ("pruner", pruner)):
+        options, name = getattr(study.search, f"{kind}_options"), getattr(study.search, kind)
+        if not options:
+            continue
+        loc = ("search", f"{kind}_options")
+        if name in NO_OPTIONS:
+            source.report(loc, f"{name} takes no options", "leave them out", at_key=True)
+        try:
+            make(study)
+        except (TypeError, ValueError) as error:
+            source.report(loc, f"{name} refuses its options: {error}", at_key=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from workbench.adapters import PeftConfig
 from workbench.errors import AdapterError, DataError, TrialError, TrialFailed, WorkbenchError
+from workbench.training.adapted import ADAPTER
 from workbench.training.base import Base, load_base
 from workbench.training.bench import Bench, OnStep, Report, Stint
 from workbench.training.config import TrainingSection
@@ -27,26 +28,39 @@ from .spec import Study
 
 
 @dataclass(frozen=True)
+class Seeds:
+    """Where a trial's random numbers come from.
+
+    Attributes:
+        init: of the adapter's first values and of dropout.
+        order: of the order of the data.
+    """
+
+    init: int
+    order: int
+
+
+@dataclass(frozen=True)
 class Job:
     """A trial's next stretch of training, in words that a worker makes a `Stint` of.
 
     Attributes:
         trial: its number.
-        order: the number of the trial whose order of the data it has; its own, unless it takes another one up again.
+        seeds: what it draws its first values and its batches from.
         config: its hyperparameters.
         begin: the checkpoint that it goes on from; None for a trial that begins.
         end: the file for its next checkpoint. The one it goes on from stays as it is.
         until: the last step of the stretch.
-        adapter: a folder for the adapter's files, at the trial's last step.
+        results: a folder for the adapter and the predictions, at the trial's last step.
     """
 
     trial: int
-    order: int
+    seeds: Seeds
     config: TrialConfig
     begin: Path | None
     end: Path
     until: int
-    adapter: Path | None
+    results: Path | None
 
 
 @dataclass
@@ -128,7 +142,7 @@ class Workshop:
             key: self._resolve(value, base, data) if isinstance(value, Tokens) else value
             for key, value in config.adapter.items()
         }
-        return peft_config(config.method, base.task, fields, self.study.training.steps)
+        return peft_config(config.method, base.task, fields, self.study.training.steps, base.model)
 
     def _resolve(self, tokens: Tokens, base: Base, data: TaskData) -> list[int]:
         if tokens not in self.resolved:
@@ -139,10 +153,14 @@ class Workshop:
         """How a trial trains."""
         return self.study.training.model_copy(update=config.training)
 
-    def order_seed(self, number: int) -> int:
-        """Seeds the order of a trial's data."""
-        training = self.study.training
-        return training.seed if training.data_order == "shared" else training.seed + 1 + number
+    def seeds(self, number: int, repeats: int = 0) -> Seeds:
+        """The seeds of a trial.
+
+        Args:
+            repeats: how many trials had the same configuration before.
+        """
+        seed, shared = self.study.training.seed, self.study.training.data_order == "shared"
+        return Seeds(seed + repeats, seed + repeats if shared else seed + 1 + number)
 
     # ---------------------------------------------------------------- stints
 
@@ -177,11 +195,11 @@ class Workshop:
             trial=job.trial,
             config=self.peft_config(job.config, base, data),
             settings=settings,
-            seed=settings.seed,
-            order_seed=self.order_seed(job.order),
+            seed=job.seeds.init,
+            order_seed=job.seeds.order,
             checkpoint=job.end,
             until=job.until,
-            adapter=job.adapter,
+            results=job.results,
         )
 
     def train(self, jobs: Sequence[Job], on_step: OnStep) -> list[Report]:
@@ -196,8 +214,8 @@ class Workshop:
                 add_up(self.shared_costs, bench.shared_costs)
                 bench.shared_costs.clear()
                 for job in jobs:
-                    if job.adapter and new_tokens:
-                        base.tokenizer.save_pretrained(job.adapter)
+                    if job.results and new_tokens:
+                        base.tokenizer.save_pretrained(job.results / ADAPTER)
         except Exception as error:  # a bug in a method or in this program ends one trial, not a night's sweep
             if len(jobs) > 1:
                 return [report for job in jobs for report in self.train([job], on_step)]
