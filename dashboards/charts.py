@@ -5,9 +5,9 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-# Okabe and Ito's colours less black and yellow, which vanish on a dark or a light page. Seven shapes beside six
-# colours: the pairs repeat only after 42 labels.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+from workbench.tracking.colours import COLOURS
+
+# seven beside six colours: the pairs repeat only after 42 labels
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 
 # How a point tells its trial's outcome: opacity of its fill, dashes of its outline. Any other outcome is a failure.

@@ -54,6 +54,9 @@ def _body(uri: str, name: str, live: bool) -> None:
     if live and study["status"] != "RUNNING":
         st.rerun()  # the whole page, which stops the timer
     trials = frames.ranked(trials, study["goal"])
+    if study["reference"]:
+        study["metric"] = f"{study['split']} {study['metric']}"
+        st.caption(f"Imported from {study['reference']}: as published, one run each.")
     _tiles(trials, study)
     if trials.empty:
         st.info("The first trial has not started yet.", icon=":material/hourglass_top:")
@@ -176,7 +179,7 @@ def _columns(trials: pd.DataFrame, metric: str) -> dict[str, Any]:
         if name.startswith("hp."):
             columns[name] = st.column_config.Column(name.removeprefix("hp."))
         elif name.startswith("validation.") and name != f"validation.{metric}":
-            columns[name] = number(name.removeprefix("validation."), format="%.4f")
+            columns[name] = number(name.replace(".", " "), format="%.4f")
         elif name.startswith("seconds/"):
             columns[name] = number(f"{name.removeprefix('seconds/')} time", format="%.1f s")
     columns |= {name: heading for name, heading in memory.items() if name not in columns}

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +36,8 @@ TrackingUri = Annotated[
 Storage = Annotated[
     str | None, typer.Option(envvar="WORKBENCH_STORAGE", help="Optuna's storage URL, in place of the embedded store.")
 ]
+Format = Literal["table", "markdown", "latex", "csv"]
+Split = Literal["test", "validation"]
 RUNS = Path("runs")
 COMMAND = os.environ.get("WORKBENCH_COMMAND", "workbench")  # how the user called; workbench.sh says its own name
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a log
@@ -100,9 +102,7 @@ def sweep(
         display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
         raise typer.Exit(1)
     display.say(f"\nBest: trial {winner['number']}, {objective.metric} {winner['objective']:.4f}. Next:")
-    stored = [] if home == RUNS else ["--home", str(home)]
-    if tracking_uri and not os.environ.get("MLFLOW_TRACKING_URI"):
-        stored += ["--tracking-uri", tracking_uri]
+    stored = store_options(home, tracking_uri)
     for what, words in {
         "compare the trials in a browser": ["dashboard", *stored],
         "see this table again": ["show", loaded.name, *stored],
@@ -178,6 +178,7 @@ def methods(
     from rich.table import Table
 
     from workbench.adapters import METHODS
+    from workbench.sweep.baselines import BASELINES, CHOICES
     from workbench.sweep.domains import did_you_mean
     from workbench.sweep.fields import fields
 
@@ -186,11 +187,13 @@ def methods(
         for method in METHODS.values():
             kinds = ", ".join(sorted(method.kinds)) or "the input"
             table.add_row(method.name, method.title, method.config.peft_type, kinds)
-    elif name not in METHODS:
-        hint = did_you_mean(name, METHODS) or f"known: {', '.join(METHODS)}"
+        for baseline in BASELINES.values():
+            table.add_row(baseline.name, baseline.title, "LORA", baseline.trains)
+    elif name not in CHOICES:
+        hint = did_you_mean(name, CHOICES) or f"known: {', '.join(CHOICES)}"
         raise WorkbenchError(f"There is no method {name!r} ({hint}).")
     else:
-        table = Table("field", "what it is", title=METHODS[name].title, title_justify="left")
+        table = Table("field", "what it is", title=CHOICES[name].title, title_justify="left")
         for field in fields(name).values():
             table.add_row(field.name, field.description)
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
@@ -212,8 +215,65 @@ def show(
     table = frames.trials(uri, study)
     about = frames.studies(uri).set_index("study").loc[study]
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(leaderboard(table, study, about["metric"], about["goal"]))
+    console.print(leaderboard(table, study, about["metric"], about["goal"], about["split"]))
     console.print(f"{len(table)} trials: {outcomes(table)}", highlight=False)
+    if about["reference"]:
+        source = f"imported from {about['reference']}: as published, one run each"
+        console.print(source, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    studies: Annotated[list[str], typer.Argument(metavar="STUDY", help="Names of studies.", show_default=False)],
+    format: Annotated[Format, typer.Option(help="For a terminal, GitHub, a paper, a program.")] = "table",
+    split: Annotated[
+        Split | None,
+        typer.Option(help="Which split's values. Default: test if it was read.", show_default=False),
+    ] = None,
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Compare the methods of studies: intervals, ties, what failed and why, ready for a paper."""
+    from rich.console import Console
+
+    from workbench.tracking import compare_formats as formats
+    from workbench.tracking.comparison import compare as made
+
+    uri = stores(home, tracking_uri, None).tracking
+    found = [made(uri, study, split) for study in studies]
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    if format == "csv":
+        typer.echo(formats.comma_separated(found), nl=False)
+    for one in found:
+        if format == "table":
+            console.print(formats.table(one))
+            for note in one.notes:
+                console.print(f"- {note}", markup=False)
+        elif format == "csv":
+            typer.echo("".join(f"{one.study}: {note}\n" for note in one.notes), err=True, nl=False)
+        else:
+            typer.echo(formats.markdown(one) if format == "markdown" else formats.latex(one))
+
+
+@app.command()
+def report(
+    study: Annotated[str, typer.Argument(help="A study's name.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: the study's name with .html.", show_default=False)
+    ] = None,
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Write what a study shows to one HTML file that needs nothing else: tables, figures, budgets, failures."""
+    from workbench.tracking.report import report as made
+
+    file = output or Path(f"{study}.html")
+    text = made(stores(home, tracking_uri, None).tracking, study)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise WorkbenchError(f"{file} cannot be written: {error.strerror}.") from error
+    typer.echo(f"{file}: {len(text) / 1024:,.0f} KiB")
 
 
 @app.command()
@@ -259,6 +319,62 @@ def reproduce(
 
 
 @app.command()
+def promote(
+    study: Annotated[str, typer.Argument(help="A study's name.", show_default=False)],
+    again: Annotated[
+        str, typer.Option(metavar="WHY", help="Read the test split once more, for this reason.", show_default=False)
+    ] = "",
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Measure a study's finalists on the test split, once, when the search is over.
+
+    Nothing else reads that split. MLflow records every reading, and `compare` says how many there were.
+    """
+    from rich.console import Console
+
+    from workbench.sweep.promote import promote as read_test
+
+    progress = Console(stderr=True, highlight=False)
+    with progress.status("") as status:
+        reading = read_test(study, stores(home, tracking_uri, None), status.update, again)
+    typer.echo(f"{len(reading.trials)} trials of {study} were measured on the test split; the reading is recorded")
+    typer.echo(f"  {COMMAND} {shlex.join(['compare', study, *store_options(home, tracking_uri)])}  # the result")
+
+
+@app.command("import-results")
+def import_results(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Folders of result files, e.g. peft/method_comparison/MetaMathQA/results, or single files.",
+            show_default=False,
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="The study that they become.", show_default=False)],
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Import results that peft has published, as a reference study beside one's own.
+
+    Every result becomes a trial. What was imported before is left as it is. No model is loaded and nothing is trained.
+    """
+    from rich.console import Console
+
+    from workbench.tracking.reference import import_results as read
+    from workbench.tracking.runs import open_tracking
+
+    where = stores(home, tracking_uri, None)
+    with Console(stderr=True, highlight=False).status(f"importing {', '.join(map(str, paths))} ..."):
+        found = read(open_tracking(where.tracking, where.artifacts), name, paths)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.most_common())
+    typer.echo(f"results read: {found.outcomes.total()} ({counts}); known before: {found.known}. Next:")
+    for command, what in {"compare": "beside a study: name that too", "show": "all of them, best first"}.items():
+        typer.echo(f"  {COMMAND} {shlex.join([command, name, *store_options(home, tracking_uri)])}  # {what}")
+
+
+@app.command()
 def dashboard(
     home: Home = RUNS,
     tracking_uri: TrackingUri = None,
@@ -275,6 +391,14 @@ def dashboard(
         raise typer.Exit(subprocess.run(command, env=os.environ | environment, check=False).returncode)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+def store_options(home: Path, tracking_uri: str | None) -> list[str]:
+    """The options with which another command finds the same stores."""
+    options = [] if home == RUNS else ["--home", str(home)]
+    if tracking_uri and not os.environ.get("MLFLOW_TRACKING_URI"):
+        options += ["--tracking-uri", tracking_uri]
+    return options
 
 
 def stores(home: Path, tracking_uri: str | None, storage: str | None) -> Stores:

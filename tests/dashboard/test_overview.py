@@ -82,6 +82,21 @@ def test_what_was_predicted_stands_beside_what_was_measured(app, empty_store, tm
     assert "predicted_pass_mib/train" not in order, "nothing shared a pass"
 
 
+def test_imported_results_are_said_to_be_of_the_test_split(app, empty_store, tmp_path):
+    shutil.copy(empty_store.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    tracking = open_tracking(*default_store(tmp_path))
+    tags = {"workbench.metric": "accuracy", "workbench.goal": "maximize", "workbench.reference": "somewhere"}
+    study = tracking.open_study("theirs", {}, tags, {})
+    trial = study.open_trial(0, {}, {"workbench.label": "lora/rank4", "workbench.method": "lora"})
+    trial.log(9, {"validation.accuracy": 0.6, "test.accuracy": 0.5, "peft_memory_max_mib/published": 300})
+    trial.end("complete")
+    study.end("FINISHED")
+    test = app(default_store(tmp_path)[0], "theirs")
+    assert _tiles(test)["Best test accuracy"] == "0.5000"
+    assert "Imported from somewhere" in test.caption[0].value
+    assert {"validation.accuracy", "peft_memory_max_mib/published"} <= set(test.dataframe[0].proto.column_order)
+
+
 def test_the_newest_study_comes_first_and_another_can_be_chosen(app, store):
     test = app(store)
     assert test.selectbox(key="study").value == "young"

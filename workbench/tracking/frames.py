@@ -10,7 +10,7 @@ import pandas as pd
 
 from workbench.errors import StorageError
 
-from .runs import open_client, public_url, sqlite_file, storage_errors
+from .runs import REFERENCE, open_client, public_url, sqlite_file, storage_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 PAGE = 1000  # runs a request
-STUDY_COLUMNS = ["study", "status", "metric", "goal", "optuna", "file", "started", "run_id"]
+STUDY_COLUMNS = ["study", "status", "metric", "goal", "optuna", "file", "reference", "split", "started", "run_id"]
+STUDY_TAGS = ("study", "metric", "goal", "optuna", "file", "reference")
 COUNTS = ["trainable_params", "all_params", "adapter_bytes"]  # whole numbers, which MLflow keeps as floats
 TRIAL_COLUMNS = ["number", "label", "method", "outcome", "objective", *COUNTS, "trainable_percent"]
-TRIAL_COLUMNS += ["searched", "message", "resumes", "started", "run_id"]
+TRIAL_COLUMNS += ["searched", "message", "resumes", "role", "finalist_of", "init_seed", "order_seed", "config"]
+TRIAL_COLUMNS += ["started", "run_id"]
+WHOLE = [*COUNTS, "finalist_of", "init_seed", "order_seed"]
 
 
 def studies(tracking_uri: str) -> pd.DataFrame:
     """One row a study, newest first.
 
     Columns: study, status (MLflow's: RUNNING, FINISHED, KILLED, FAILED), metric, goal, optuna (storage URL), file,
-    started (UTC), run_id. Text that was not recorded is "".
+    reference (of imported results: where they are from), split (that the objective is measured on: validation, of
+    imported results test), started (UTC), run_id. Text that was not recorded is "".
 
     Raises:
         StorageError: the store does not exist or cannot be read.
@@ -38,8 +42,8 @@ def studies(tracking_uri: str) -> pd.DataFrame:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         runs = list(_runs(client, experiments, "tags.`workbench.kind` = 'study'"))
     rows = [
-        {name: run.data.tags.get(f"workbench.{name}", "") for name in ("study", "metric", "goal", "optuna", "file")}
-        | {"status": run.info.status, "started": run.info.start_time, "run_id": run.info.run_id}
+        {name: run.data.tags.get(f"workbench.{name}", "") for name in STUDY_TAGS}
+        | {"split": _split(run), "status": run.info.status, "started": run.info.start_time, "run_id": run.info.run_id}
         for run in runs
     ]
     frame = _with_times(pd.DataFrame(rows, columns=STUDY_COLUMNS))
@@ -49,10 +53,12 @@ def studies(tracking_uri: str) -> pd.DataFrame:
 def trials(tracking_uri: str, study: str) -> pd.DataFrame:
     """One row a trial, by number.
 
-    Columns: those of `TRIAL_COLUMNS`, always; `objective` is the study's metric at the last evaluation. `outcome` is
-    "running" until the trial has ended; `resumes` is the number of the pruned trial that it takes up again, or "". Then
-    every metric under its own name, with its last value (`seconds/train`, `validation.accuracy`), and the
-    hyperparameters as `hp.<field>`, numeric where all values are.
+    Columns: those of `TRIAL_COLUMNS`, always; `objective` is the study's metric at the last evaluation, of imported
+    results the one published, which is of the test split. `outcome` is "running" until the trial has ended; `resumes`
+    is the number of the pruned trial that it takes up again, or "". `role` is search, default (a method's defaults) or
+    finalist, which repeats the configuration of the trial `finalist_of` with other seeds; `config` is a hash of label
+    and hyperparameters. Then every metric under its own name, with its last value (`seconds/train`,
+    `validation.accuracy`), and the hyperparameters as `hp.<field>`, numeric where all values are.
 
     Raises:
         StorageError: the store cannot be read, or holds no such study.
@@ -63,9 +69,9 @@ def trials(tracking_uri: str, study: str) -> pd.DataFrame:
         query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
         rows = [_trial_row(run) for run in _runs(client, [parent.info.experiment_id], query)]
     frame = pd.DataFrame(rows)
-    frame["objective"] = frame.get(f"validation.{parent.data.tags.get('workbench.metric')}")
+    frame["objective"] = frame.get(f"{_split(parent)}.{parent.data.tags.get('workbench.metric')}")
     frame = frame.reindex(columns=TRIAL_COLUMNS + [column for column in frame.columns if column not in TRIAL_COLUMNS])
-    frame = _with_times(frame).astype({"number": "int64", "objective": "float64"} | dict.fromkeys(COUNTS, "Int64"))
+    frame = _with_times(frame).astype({"number": "int64", "objective": "float64"} | dict.fromkeys(WHOLE, "Int64"))
     for column in frame.columns[frame.columns.str.startswith("hp.")]:
         frame[column] = _numeric(frame[column])
     return frame.sort_values("number", ignore_index=True)
@@ -73,14 +79,16 @@ def trials(tracking_uri: str, study: str) -> pd.DataFrame:
 
 def ranked(trials: pd.DataFrame, goal: str) -> pd.DataFrame:
     """The table of `trials`: complete ones by objective, then the others by objective, then those that have none.
+    Finalists, which repeat others, come last.
 
     A column `rank` counts the complete ones from 1; it is 0 for the others.
     """
-    complete = trials["outcome"] == "complete"
-    keys = trials.assign(nothing=trials["objective"].isna(), unfinished=~complete)
-    order = keys.sort_values(["nothing", "unfinished", "objective"], ascending=[True, True, goal == "minimize"])
-    rows = trials.loc[order.index].reset_index(drop=True)
-    return rows.assign(rank=(rows["outcome"] == "complete").cumsum().where(rows["outcome"] == "complete", 0))
+    counts = (trials["outcome"] == "complete") & (trials["role"] != "finalist")
+    keys = trials.assign(repeats=trials["role"] == "finalist", nothing=trials["objective"].isna(), counts=counts)
+    by, ascending = ["repeats", "nothing", "counts", "objective"], [True, True, False, goal == "minimize"]
+    rows = trials.loc[keys.sort_values(by, ascending=ascending).index]
+    own = counts[rows.index]
+    return rows.assign(rank=own.cumsum().where(own, 0)).reset_index(drop=True)
 
 
 def history(tracking_uri: str, run_id: str) -> pd.DataFrame:
@@ -158,6 +166,11 @@ def study_run(client: MlflowClient, uri: str, study: str) -> Run:
     return found[0]
 
 
+def _split(study: Run) -> str:
+    """Which split the objective of a study is measured on."""
+    return "test" if REFERENCE in study.data.tags else "validation"
+
+
 def _trial_row(run: Run) -> dict[str, Any]:
     tags = run.data.tags
     label = tags.get("workbench.label", "")
@@ -170,11 +183,19 @@ def _trial_row(run: Run) -> dict[str, Any]:
         "outcome": "running" if running else tags.get("workbench.outcome", run.info.status.lower()),
         "message": tags.get("workbench.message", ""),
         "resumes": tags.get("workbench.resumes", ""),
+        "role": tags.get("workbench.role", "search"),
+        "config": tags.get("workbench.config", ""),
+        **{name: whole(tags.get(f"workbench.{name}")) for name in ("finalist_of", "init_seed", "order_seed")},
         "started": run.info.start_time,
         "run_id": run.info.run_id,
         **run.data.metrics,
         **{f"hp.{key.removeprefix(f'{label}.')}": value for key, value in run.data.params.items()},
     }
+
+
+def whole(text: str | None) -> int | None:
+    """A tag that is a whole number, if it is there."""
+    return None if text is None else int(text)
 
 
 def _with_times(frame: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ MEMORY = {  # what is shown as memory, the first that was measured
     "cuda_peak_allocated_mib/train": "CUDA peak, MiB",
     "tensor_peak_mib/train": "tensors' peak, MiB",
     "process_peak_growth_mib/train": "process growth, MiB",
+    "peft_memory_max_mib/published": "peft's maximum, MiB",
 }
 PREDICTED = {  # heading and format
     "predicted_peak_mib/train": ("predicted, MiB", ".0f"),
@@ -23,11 +24,11 @@ PREDICTED = {  # heading and format
 }
 
 
-def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Table:
+def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str, split: str = "validation") -> Table:
     """A table for a terminal: rank, method, searched hyperparameters, metric, parameters, memory (measured and
     predicted, where it was), time, outcome."""
     memory = next((key for key in MEMORY if key in trials), "")
-    table = Table(title=f"{study}: {goal} validation {metric}", title_justify="left")
+    table = Table(title=f"{study}: {goal} {split} {metric}", title_justify="left")
     for name in ("rank", "trial"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("method", no_wrap=True)
@@ -50,10 +51,17 @@ def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str) -> Tab
             f"{trial[memory]:.0f}" if memory and there(trial[memory]) else "",
             *(f"{trial[name]:{PREDICTED[name][1]}}" if there(trial[name]) else "" for name in foreseen),
             f"{trial['seconds/total']:.1f}" if there(trial.get("seconds/total")) else "",
-            trial["outcome"] + (f", resumes {trial['resumes']}" if trial["resumes"] else ""),
+            trial["outcome"] + what(trial),
             style="bold" if trial["rank"] == 1 else None,
         )
     return table
+
+
+def what(trial: pd.Series) -> str:
+    """What is special about a trial."""
+    if trial["resumes"]:
+        return f", resumes {trial['resumes']}"
+    return {"finalist": f", repeats {trial['finalist_of']}", "default": ", defaults"}.get(trial["role"], "")
 
 
 def there(value: object) -> bool:

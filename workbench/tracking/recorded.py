@@ -1,4 +1,4 @@
-"""One trial as MLflow holds it, with all that it takes to train it again."""
+"""Studies and trials as MLflow holds them, with all that it takes to go on from there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ from typing import Any
 
 from workbench.errors import StorageError
 
-from .frames import history, study_run, trials
-from .runs import open_client, storage_errors
+from .frames import history, study_run, trials, whole
+from .runs import REFERENCE, open_client, storage_errors
 
 PARAMS = "workbench.params"  # tag: Optuna's parameters of a trial, JSON
+SIZE = "workbench.size"  # tag: what was solved for, so that a trial has as many parameters as others
 METRICS = "validation."
+
+
+@dataclass(frozen=True)
+class RecordedStudy:
+    """A study that was run.
+
+    Attributes:
+        run_id: of its run.
+        file: the study file's path, as it was.
+        text: what it held.
+        fingerprints: of the model and the data.
+        tags: of its run.
+    """
+
+    run_id: str
+    file: str
+    text: str
+    fingerprints: dict[str, str]
+    tags: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -20,29 +40,45 @@ class Recorded:
     """A trial that was recorded.
 
     Attributes:
-        file: the study file's path, as it was.
-        text: what it held.
-        fingerprints: of the model and the data.
         params: Optuna's parameters.
-        order: the number of the trial whose order of the data it has.
+        size: what was solved for (`match`), if anything was.
+        seeds: of its first values, and of the order of its data.
         step: of its last evaluation.
         metrics: of the validation split at that step.
     """
 
-    file: str
-    text: str
-    fingerprints: dict[str, str]
+    study: RecordedStudy
     params: dict[str, Any]
-    order: int
+    size: int | None
+    seeds: tuple[int, int]
     step: int
     metrics: dict[str, float]
+
+
+def recorded_study(tracking_uri: str, name: str) -> RecordedStudy:
+    """Look a study up.
+
+    Raises:
+        StorageError: the store cannot be read, or holds no such study, or one that was imported.
+    """
+    client = open_client(tracking_uri)
+    with storage_errors(tracking_uri):
+        run = study_run(client, tracking_uri, name)
+        if REFERENCE in run.data.tags:
+            raise StorageError(f"The study {name!r} holds imported results; there is nothing to train again.")
+        artifact = client.download_artifacts(run.info.run_id, "study.yaml")
+    with open(artifact) as file:
+        text = file.read()
+    fingerprints = {kind: run.data.params[f"{kind}.fingerprint"] for kind in ("model", "data")}
+    return RecordedStudy(run.info.run_id, run.data.tags["workbench.file"], text, fingerprints, run.data.tags)
 
 
 def recorded(tracking_uri: str, study: str, number: int) -> Recorded:
     """Look a trial up.
 
     Raises:
-        StorageError: the store cannot be read, or holds no such trial, or one that was never measured.
+        StorageError: the store cannot be read, or holds no such trial, or one that was never measured or was
+            imported.
     """
     table = trials(tracking_uri, study).set_index("number")
     if number not in table.index:
@@ -53,21 +89,17 @@ def recorded(tracking_uri: str, study: str, number: int) -> Recorded:
     if points.empty:
         raise StorageError(f"Trial {number} of {study!r} was never measured: it is {row['outcome']}. {row['message']}")
     last = points[points["step"] == points["step"].max()]
+    about = recorded_study(tracking_uri, study)
     client = open_client(tracking_uri)
     with storage_errors(tracking_uri):
-        parent = study_run(client, tracking_uri, study)
         tags = client.get_run(row["run_id"]).data.tags
-        artifact = client.download_artifacts(parent.info.run_id, "study.yaml")
-    if PARAMS not in tags:
+    if PARAMS not in tags or row["init_seed"] is None:
         raise StorageError(f"Trial {number} of {study!r} was recorded without its parameters, by an earlier workbench.")
-    with open(artifact) as file:
-        text = file.read()
     return Recorded(
-        file=parent.data.tags["workbench.file"],
-        text=text,
-        fingerprints={kind: parent.data.params[f"{kind}.fingerprint"] for kind in ("model", "data")},
+        study=about,
         params=json.loads(tags[PARAMS]),
-        order=int(row["resumes"] or number),
+        size=whole(tags.get(SIZE)),
+        seeds=(int(row["init_seed"]), int(row["order_seed"])),
         step=int(points["step"].max()),
         metrics=dict(zip(last["metric"].str.removeprefix(METRICS), last["value"], strict=True)),
     )

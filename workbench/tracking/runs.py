@@ -37,7 +37,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-Outcome = Literal["complete", "pruned", "diverged", "out_of_memory", "infeasible", "failed", "interrupted"]
+Outcome = Literal["complete", "pruned", "diverged", "out_of_memory", "infeasible", "duplicate", "failed", "interrupted"]
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 
 STATUS: dict[Outcome, Status] = {
@@ -45,11 +45,13 @@ STATUS: dict[Outcome, Status] = {
     "pruned": "KILLED",
     "interrupted": "KILLED",
     "infeasible": "KILLED",
+    "duplicate": "KILLED",
     "diverged": "FAILED",
     "out_of_memory": "FAILED",
     "failed": "FAILED",
 }
 
+REFERENCE = "workbench.reference"  # tag of a study of imported results: where they are from
 MAX_METRICS = 1000  # MLflow's limits for one batch
 MAX_PARAMS = 100
 MAX_PARAM_VALUE = 6000  # characters; MLflow cuts longer ones without a word
@@ -150,7 +152,8 @@ class Tracking:
             artifacts: text by file name.
 
         Raises:
-            StorageError: the store refuses, for instance because the experiment was deleted.
+            StorageError: the store refuses, for instance because the experiment was deleted; or the name is that of a
+                reference study (tag `workbench.reference`) and this is none, or the other way round.
         """
         with storage_errors(self.uri):
             experiment = self.client.get_experiment_by_name(name)
@@ -165,6 +168,9 @@ class Tracking:
                 experiment_id = experiment.experiment_id
             known = {"workbench.kind": "study", "workbench.study": name}
             found = _find_runs(self.client, experiment_id, known)
+            if found and (REFERENCE in found[0].data.tags) != (REFERENCE in tags):
+                kind = "one of your own" if REFERENCE in tags else "one of imported results"
+                raise StorageError(f"There is a study {name!r} already, {kind}; give this one another name.")
             run = found[0] if found else self.client.create_run(experiment_id, tags=known, run_name=name)
             self.client.update_run(run.info.run_id, status="RUNNING")
             _describe(self.client, run, params, tags)
@@ -172,19 +178,20 @@ class Tracking:
                 self.client.log_text(run.info.run_id, text, file)
             return StudyRun(self.client, run.info.run_id, experiment_id, name)
 
-    def log_dataset(self, run: Run, name: str, source: str, digest: str) -> None:
+    def log_dataset(self, run: Run, name: str, source: str, digest: str, context: str = "training") -> None:
         """Note the data a run used, as an MLflow dataset input.
 
         Args:
             source: folder or hub id.
             digest: fingerprint of the contents; MLflow keeps 36 characters.
+            context: what it was used for.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         kind, key = ("local", "uri") if Path(source).exists() else ("hf", "path")
         dataset = Dataset(name, digest[:36], kind, json.dumps({key: source}))
         with storage_errors(self.uri):
-            self.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+            self.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 
 class Run:
@@ -231,10 +238,15 @@ class Run:
                 del self._buffer[:MAX_METRICS]
         self._sent = time.monotonic()
 
-    def artifacts(self, folder: str | Path, path: str) -> None:
-        """Copy the files of a folder to the run's artifacts, under `path`."""
+    def artifacts(self, folder: str | Path, path: str | None = None) -> None:
+        """Copy the files of a folder to the run's artifacts, under `path` if one is given."""
         with storage_errors(self._client.tracking_uri):
             self._client.log_artifacts(self.run_id, str(folder), path)
+
+    def download(self, path: str, folder: Path) -> None:
+        """Copy the run's artifacts under `path` into a folder, where they lie under `path` too."""
+        with storage_errors(self._client.tracking_uri):
+            self._client.download_artifacts(self.run_id, path, str(folder))
 
     def _close(self, status: Status, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
