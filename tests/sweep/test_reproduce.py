@@ -113,4 +113,4 @@ def test_what_is_recorded(swept: Any) -> None:
     assert known.text == swept.file.read_text()
     assert (known.seeds, known.step) == ((0, 3), 10)
     assert known.metrics.keys() == {"loss", "accuracy", "f1", "mcc"}
-    assert known.params == swept.study.get_trials()[2].params
+    assert known.configuration.params == swept.study.get_trials()[2].params

@@ -178,7 +178,7 @@ def test_the_adapter_is_written_and_answers_as_measured(places: Places) -> None:
     (report,) = place.reports([stint])
     assert report.adapter_bytes > 0
     model = PeftModel.from_pretrained(place.base.model, place.folder / "results" / "adapter")
-    measured = bench_file.evaluate(model, place.base, place.data.validation, settings)
+    measured = bench_file.evaluate(model, place.base, place.data.validation, settings).metrics
     model.delete_adapter("default")
     assert measured == pytest.approx(report.metrics, rel=1e-5)
 

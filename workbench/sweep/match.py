@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from workbench.errors import ConfigError
+from workbench.tracking.recorded import Configuration
 
 from .baselines import CHOICES
 from .domains import TOKEN_KEYS, Tokens
-from .space import TrialConfig
-from .spec import MatchSection
+from .space import TrialConfig, from_params
+from .spec import MatchSection, Study
 
 LARGEST = 2**15
 
@@ -37,6 +38,16 @@ def sized(config: TrialConfig, size: int) -> TrialConfig:
     value: Any = Tokens(**{str(counts(before)): size}) if isinstance(before, Tokens) else size  # type: ignore[arg-type]
     varied = config.varied if field in config.varied else (field, *config.varied)
     return replace(config, adapter=config.adapter | {field: value}, varied=varied, size=size)
+
+
+def restored(known: Configuration, study: Study) -> TrialConfig:
+    """The settings of a trial that was recorded.
+
+    Raises:
+        StorageError: they do not fit the study.
+    """
+    config = from_params(known.params, study)
+    return config if known.size is None else sized(config, known.size)
 
 
 def matched(config: TrialConfig, match: MatchSection, count: Callable[[TrialConfig], int]) -> TrialConfig:

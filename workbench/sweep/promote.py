@@ -16,18 +16,17 @@ from pyarrow.parquet import write_table
 from workbench.adapters import PeftModel
 from workbench.errors import StorageError
 from workbench.tracking import frames
-from workbench.tracking.recorded import RecordedStudy, recorded, recorded_study
-from workbench.tracking.runs import Run, open_tracking
+from workbench.tracking.recorded import RecordedStudy, configuration, recorded_study
+from workbench.tracking.runs import Run, Tracking, open_tracking
 from workbench.training.adapted import ADAPTER, PREDICTIONS
 from workbench.training.base import Base
 from workbench.training.data import Split, open_vault
 from workbench.training.examples import table
 from workbench.training.loop import Measured, evaluate
 
-from .match import sized
+from .match import restored
 from .reproduce import check_same
 from .run import only_one
-from .space import from_params
 from .spec import load_study
 from .stores import Stores
 from .workshop import Workshop
@@ -86,7 +85,7 @@ def promote(name: str, stores: Stores, say: Say, again: str = "") -> Reading:
         tracking.log_dataset(parent, name, study.data.path or study.data.test or "", shop.raw.fingerprint, "test")
         for done, (number, run_id) in enumerate(zip(chosen["number"], chosen["run_id"], strict=True), 1):
             say(f"trial {number} on the test split, {done} of {len(chosen)} ...")
-            measure(stores, shop, name, number, Run(tracking.client, run_id))
+            measure(tracking, shop, run_id)
         reading = Reading(reading.time, reading.trials, reading.reason, ended=True)
         note(parent, [*earlier, reading])
         return reading
@@ -134,11 +133,10 @@ def note(parent: Run, readings: Sequence[Reading]) -> None:
     parent.tag(READINGS, json.dumps([vars(reading) for reading in readings]))
 
 
-def measure(stores: Stores, shop: Workshop, name: str, number: int, run: Run) -> None:
+def measure(tracking: Tracking, shop: Workshop, run_id: str) -> None:
     """Put a trial's adapter on the base as anybody would and record what it does on the test split."""
-    known = recorded(stores.tracking, name, number)
-    config = from_params(known.params, shop.study)
-    config = config if known.size is None else sized(config, known.size)
+    config = restored(configuration(tracking.client, run_id), shop.study)
+    run = Run(tracking.client, run_id)
     with tempfile.TemporaryDirectory() as place, shop.lend(config.new_tokens) as (base, _):
         folder = Path(place)
         run.download(ADAPTER, folder)

@@ -10,9 +10,9 @@ from workbench.errors import StorageError, TrialFailed
 from workbench.tracking.recorded import Recorded, RecordedStudy, recorded
 from workbench.training.stint import OnStep, Report
 
-from .match import sized
+from .match import restored
 from .pool import one_thread
-from .space import TrialConfig, from_params
+from .space import TrialConfig
 from .spec import load_study
 from .stores import Stores
 from .workshop import Job, Seeds, Workshop
@@ -51,8 +51,7 @@ def reproduce(name: str, number: int, stores: Stores, on_step: OnStep) -> Again:
     study = load_study(known.study.file, known.study.text)
     shop = Workshop.open(study, stores.home)
     check_same(known.study, shop)
-    config = from_params(known.params, study)
-    config = config if known.size is None else sized(config, known.size)
+    config = restored(known.configuration, study)
     with tempfile.TemporaryDirectory() as folder, one_thread(shop.base.device):
         report = train(shop, config, known, Path(folder), on_step)
     return Again(config, known.step, known.metrics, report.metrics)

@@ -92,8 +92,7 @@ def forest(found: Comparison, looks: Looks) -> Picture | None:
             axes.plot(row.value, place, markersize=7, linestyle="none", **_hollow(look, not filled))
             if row.judged and row.judged.best:
                 axes.axvline(row.value, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(rows)), [_text(row.name) for row in rows])
-        axes.invert_yaxis()
+        _name_rows(axes, rows)
         axes.set_xlabel(f"{found.split} {found.metric}")
         svg = _svg(figure, "forest")
     alt = "; ".join(f"{row.name} {number(row.value)}{_words(row)}" for row in rows)
@@ -198,8 +197,7 @@ def tuning(found: Comparison, looks: Looks) -> Picture | None:
             axes.plot([row.default, tuned], [place, place], color=look["color"], linewidth=2)
             axes.plot(row.default, place, linestyle="none", markersize=6, **_hollow(look, True))
             axes.plot(tuned, place, linestyle="none", markersize=6, **look)
-        axes.set_yticks(range(len(rows)), [_text(row.name) for row in rows])
-        axes.invert_yaxis()
+        _name_rows(axes, rows)
         axes.set_xlabel(f"validation {found.metric}")
         svg = _svg(figure, "tuning")
     alt = "; ".join(f"{row.name} from {number(row.default)} to {number(row.default + row.gain)}" for row in rows)
@@ -231,9 +229,9 @@ def rates(found: Comparison, looks: Looks) -> Picture | None:
         figure.supylabel(f"validation {found.metric}", fontsize=9)
         svg = _svg(figure, "rates")
     caption = (
-        f"A robust local regression over complete trials (from six rates on, else their means); shaded: the rates that "
-        f"come within {100 * NEAR_BEST:g} % of its best value. Hollow: pruned. Crosses below: trials that failed. "
-        f"Other hyperparameters vary along."
+        f"A robust local regression over complete trials (from {stats.RATES_TO_SMOOTH} rates on, else their means); "
+        f"shaded: the rates that come within {100 * NEAR_BEST:g} % of its best value. Hollow: pruned. Crosses below: "
+        f"trials that failed. Other hyperparameters vary along."
     )
     return Picture("Sensitivity to the learning rate", svg, " ".join(said), caption)
 
@@ -285,11 +283,11 @@ def spread(found: Comparison, looks: Looks) -> Picture | None:
                 right.barh(place + shift, np.nan_to_num(sd), 0.3, edgecolor=look["color"], **fill)
             words = ["unknown" if math.isnan(sd) else number(sd) for sd in sds]
             said.append(f"{row.name} {words[0]} over initialisations, {words[1]} over orders")
-        left.set_yticks(range(len(rows)), [_text(row.name) for row in rows])
-        left.invert_yaxis()
+        _name_rows(left, rows)
         left.set_xlabel(f"{found.split} {found.metric} of each run")
         right.set_xlabel("standard deviation")
         right.tick_params(left=False)
+        right.xaxis.set_major_locator(MaxNLocator(4))
         svg = _svg(figure, "spread")
     caption = (
         "Left: runs, those with the same order of the data on one line. Right: spread over initialisations (filled) "
@@ -315,6 +313,12 @@ def _words(row: Row) -> str:
 def _one(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _name_rows(axes: Axes, rows: list[Row]) -> None:
+    """A row each from the top down, with its name."""
+    axes.set_yticks(range(len(rows)), [_text(row.name) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def _logarithmic(axes: Axes) -> None:

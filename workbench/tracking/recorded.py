@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.errors import StorageError
 
 from .frames import history, study_run, trials, whole
 from .runs import REFERENCE, open_client, storage_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 PARAMS = "workbench.params"  # tag: Optuna's parameters of a trial, JSON
 SIZE = "workbench.size"  # tag: what was solved for, so that a trial has as many parameters as others
@@ -36,20 +39,30 @@ class RecordedStudy:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A trial that was recorded.
+class Configuration:
+    """The hyperparameters of a trial.
 
     Attributes:
         params: Optuna's parameters.
         size: what was solved for (`match`), if anything was.
+    """
+
+    params: dict[str, Any]
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A trial that was recorded.
+
+    Attributes:
         seeds: of its first values, and of the order of its data.
         step: of its last evaluation.
         metrics: of the validation split at that step.
     """
 
     study: RecordedStudy
-    params: dict[str, Any]
-    size: int | None
+    configuration: Configuration
     seeds: tuple[int, int]
     step: int
     metrics: dict[str, float]
@@ -73,6 +86,20 @@ def recorded_study(tracking_uri: str, name: str) -> RecordedStudy:
     return RecordedStudy(run.info.run_id, run.data.tags["workbench.file"], text, fingerprints, run.data.tags)
 
 
+def configuration(client: MlflowClient, run_id: str) -> Configuration:
+    """The hyperparameters of a trial's run.
+
+    Raises:
+        StorageError: they were not recorded.
+    """
+    with storage_errors(client.tracking_uri):
+        tags = client.get_run(run_id).data.tags
+    if PARAMS not in tags or "workbench.init_seed" not in tags:
+        number = tags.get("workbench.trial")
+        raise StorageError(f"Trial {number} was recorded without its parameters or seeds, by an earlier workbench.")
+    return Configuration(json.loads(tags[PARAMS]), whole(tags.get(SIZE)))
+
+
 def recorded(tracking_uri: str, study: str, number: int) -> Recorded:
     """Look a trial up.
 
@@ -89,16 +116,9 @@ def recorded(tracking_uri: str, study: str, number: int) -> Recorded:
     if points.empty:
         raise StorageError(f"Trial {number} of {study!r} was never measured: it is {row['outcome']}. {row['message']}")
     last = points[points["step"] == points["step"].max()]
-    about = recorded_study(tracking_uri, study)
-    client = open_client(tracking_uri)
-    with storage_errors(tracking_uri):
-        tags = client.get_run(row["run_id"]).data.tags
-    if PARAMS not in tags or row["init_seed"] is None:
-        raise StorageError(f"Trial {number} of {study!r} was recorded without its parameters, by an earlier workbench.")
     return Recorded(
-        study=about,
-        params=json.loads(tags[PARAMS]),
-        size=whole(tags.get(SIZE)),
+        study=recorded_study(tracking_uri, study),
+        configuration=configuration(open_client(tracking_uri), row["run_id"]),
         seeds=(int(row["init_seed"]), int(row["order_seed"])),
         step=int(points["step"].max()),
         metrics=dict(zip(last["metric"].str.removeprefix(METRICS), last["value"], strict=True)),

@@ -28,7 +28,7 @@ LEVEL = 0.95  # of intervals
 ALPHA = 0.05  # rate at which any two methods that are alike may be told apart
 DRAWS = 2000
 CHUNK = 1 << 22  # numbers of a resample at once
-RATES_TO_SMOOTH = 6  # different learning rates, from which on a local regression says more than the points
+RATES_TO_SMOOTH = 10  # different learning rates; of fewer a robust regression takes the best for an outlier
 
 
 @dataclass(frozen=True)
@@ -413,7 +413,7 @@ def sensitivity(
 ) -> Sensitivity:
     """How a metric depends on the learning rate, whatever else was searched along.
 
-    The curve is a robust local linear regression (lowess, Cleveland 1979) over the logarithm of the rate, from six
+    The curve is a robust local linear regression (lowess, Cleveland 1979) over the logarithm of the rate, from ten
     different rates on; with fewer, the mean at each rate. The range holds the neighbouring rates, to both sides of the
     best one, whose curve is no more than `drop` worse: it never reaches beyond what was tried.
 
