@@ -45,7 +45,7 @@ def imported(*folders: str) -> set[str]:
 
 
 def test_every_import_is_declared_and_every_dependency_is_used() -> None:
-    assert imported("workbench", "dashboards") == set(RUNTIME)
+    assert imported("workbench", "dashboards") == set(RUNTIME) - {"cmaes"}, "which Optuna imports for its sampler"
 
 
 def test_what_tests_import_is_declared() -> None:

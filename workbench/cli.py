@@ -102,9 +102,11 @@ def sweep(
         display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
         raise typer.Exit(1)
     display.say(f"\nBest: trial {winner['number']}, {objective.metric} {winner['objective']:.4f}. Next:")
-    stored = store_options(home, tracking_uri)
+    stored, finalists = store_options(home, tracking_uri), (table["role"] == "finalist").any()
     for what, words in {
-        "compare the trials in a browser": ["dashboard", *stored],
+        "compare the methods, with intervals and ties": ["compare", loaded.name, *stored],
+        **({"measure the finalists on the test split, once": ["promote", loaded.name, *stored]} if finalists else {}),
+        "look at the trials in a browser": ["dashboard", *stored],
         "see this table again": ["show", loaded.name, *stored],
         "after changing the file, and the study's name in it": ["validate", str(study)],
     }.items():

@@ -69,14 +69,14 @@ def matched(config: TrialConfig, match: MatchSection, count: Callable[[TrialConf
             known[size] = count(sized(config, size))
         return known[size]
 
-    low, high = 1, 2
+    low, high = 0, 1
     while of(high) < wanted and high < LARGEST:
-        low, high = high, 2 * high
+        high *= 2
     most = min(wanted, of(high))  # LoKr, for one, stops growing
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if of(middle) < most else (low, middle)
-    best = min((low, high), key=lambda size: abs(of(size) - wanted))
+    best = min((max(1, low), high), key=lambda size: abs(of(size) - wanted))
     if abs(of(best) - wanted) > match.within * wanted:
         raise ConfigError(
             f"{field}: the closest to {wanted:,} trainable parameters is {best} with {of(best):,}, more than "

@@ -52,7 +52,9 @@ def sampler(study: Study, drawn: int = 0, label: str | None = None) -> BaseSampl
         match study.search.sampler:
             case "tpe":
                 # `group`: each method's parameters are modelled together, which a conditional space needs
-                made: BaseSampler = TPESampler(**{"seed": seed, "group": True, **startup(study), **options})
+                made: BaseSampler = TPESampler(
+                    **{"seed": seed, "multivariate": True, "group": True, **startup(study), **options}
+                )
             case "gp":
                 made = GPSampler(**{"seed": seed, "warn_independent_sampling": False, **startup(study), **options})
             case "cmaes":
