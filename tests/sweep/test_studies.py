@@ -25,6 +25,8 @@ def shortened(file: Path, label: str, folder: Path) -> Path:
     for section in ("model", "data"):
         study[section]["path"] = str(file.parent / study[section]["path"])
     study["methods"] = {label: study["methods"][label]}
+    for key in ("tinit", "tfinal"):  # AdaLoRA's, in steps
+        (study["methods"][label] or {}).pop(key, None)
     study["data"]["max_rows"] = {"train": 400, "validation": 8, "test": 8}
     study["training"] |= {"steps": 2, "eval_every": 2, "batch_size": 4, "device": "cpu"}
     for section in ("constraints", "finalists"):  # whatever is drawn shall train, once

@@ -13,7 +13,8 @@ from .roles import drawn, of_label
 from .space import METHOD
 from .spec import Study
 
-ENOUGH = 5  # complete trials of a method, from which on its best one says something
+MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
+ENOUGH = 5  # measured trials of a method, from which on its best one says something
 NEAR = 0.02  # share of a range
 
 
@@ -23,10 +24,11 @@ def edges(study: Study, trials: Sequence[FrozenTrial]) -> list[str]:
     found = []
     best = max if study.objective.goal == "maximize" else min
     for label in study.methods:
-        own = [trial for trial in of_label(drawn(trials), label, study) if trial.state == TrialState.COMPLETE]
-        if len(own) < ENOUGH:
+        own = of_label(drawn(trials), label, study)
+        complete = [trial for trial in own if trial.state == TrialState.COMPLETE]
+        if not complete or sum(trial.state in MEASURED for trial in own) < ENOUGH:
             continue
-        top = best(own, key=lambda trial: trial.values[0])
+        top = best(complete, key=lambda trial: trial.values[0])
         for name, distribution in top.distributions.items():
             if name != METHOD and (words := end(top.params[name], distribution)):
                 found.append(f"{name} = {top.params[name]:.3g} was best, at the {words}; widen it to be sure")

@@ -104,7 +104,9 @@ def methods(found: Comparison) -> list[Method]:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What the results depend on: where the study ran, then its settings."""
+    """What the results depend on: where the study ran, then its settings. Of folders only the name is told, since a
+    report is for others to read."""
     tags = run.data.tags
     environment = {key.removeprefix(ENVIRONMENT): tags[key] for key in sorted(tags) if key.startswith(ENVIRONMENT)}
-    return environment | dict(sorted(run.data.params.items()))
+    params = {key: Path(value).name if Path(value).is_absolute() else value for key, value in run.data.params.items()}
+    return environment | dict(sorted(params.items()))

@@ -65,7 +65,8 @@ def pseudo_values(stats: np.ndarray, metric: Callable[[np.ndarray], np.ndarray])
     count, total = len(stats), stats.sum(0)
     if count == 1:
         return metric(total[None])
-    return count * metric(total) - (count - 1) * metric(total - stats)
+    values = count * metric(total) - (count - 1) * metric(total - stats)
+    return np.round(values, 9)  # the difference of two large numbers has no more digits than that
 
 
 def statistics(task: Task, labels: Sequence[str], split: Split, measured: Measured) -> dict[str, Statistics]:
