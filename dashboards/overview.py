@@ -168,6 +168,7 @@ def _columns(trials: pd.DataFrame, metric: str) -> dict[str, Any]:
         "number": number("trial"),
         "label": text("method"),
         "outcome": text("outcome"),
+        "role": text("role"),
         "objective": number(metric, format="%.4f"),
         "trainable_params": number("trainable", format="localized"),
         "trainable_percent": number("trainable %", format="%.3f"),

@@ -12,7 +12,7 @@ import pytest
 from command import workbench
 from pyarrow.parquet import read_table
 
-from workbench.sweep.finalists import APART, chosen, missing
+from workbench.sweep.finalists import APART, chosen, expected, missing
 from workbench.sweep.promote import READINGS
 from workbench.sweep.roles import About
 from workbench.sweep.spec import load_study
@@ -178,3 +178,26 @@ def test_without_a_test_split_there_is_nothing_to_promote(lab: Any) -> None:
     assert done.code == 2
     assert "has no test split" in done.err
     assert "no test split" in workbench("compare", lab.name, "--home", lab.home).out
+
+
+@pytest.mark.parametrize(
+    ("budget", "more", "trials"),
+    [
+        ("{per_method: {trials: 5}}", MORE, 5 + 4 + 5 + 4 + 1 + 1),
+        ("{per_method: {trials: 5}}", "", 5 + 5 + 1),
+        ("{trials: 6}", "", 6),
+        ("{trials: 6, per_method: {trials: 5}}", "", 2 + 2 + 1),
+        ("{steps: 100}", MORE, None),
+    ],
+)
+def test_how_many_trials_there_will_be(lab: Any, budget: str, more: str, trials: int | None) -> None:
+    lab.write(METHODS, budget, more=more)
+    found = expected(load_study(lab.file))
+    assert (found and round(sum(found.values()))) == trials
+
+
+def test_the_plan_counts_finalists(swept: Any) -> None:
+    done = workbench("plan", swept.file, "--home", swept.home)
+    assert done.code == 0, done.err
+    assert "for 16 trials" in done.out
+    assert len(swept.study.get_trials()) == 3 + 4 + 3 + 4 + 1 + 1 == 16

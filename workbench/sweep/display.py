@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from . import budget
+from .finalists import expected
 from .space import TrialConfig, combinations
 from .spec import Study
 
@@ -78,7 +79,8 @@ class Display:
                 f"{self.study.objective.metric}"
             )
         if self._progress:
-            total = trials_in_all(self.study)
+            every = expected(self.study)
+            total = round(sum(every.values())) if every else None
             self._study_bar = self._progress.add_task(f"study {self.study.name}", total=total, completed=done, note="")
 
     def trial(self, number: int, config: TrialConfig, step: int = 0, note: str = "") -> None:
@@ -138,13 +140,3 @@ class Display:
             self.say(f"{tried}, every combination of its grid.")
         else:
             self.say(f"{tried} have used its budget ({budget.words(self.study)}). Raise the budget to go on with it.")
-
-
-def trials_in_all(study: Study) -> int | None:
-    """How many trials a study will have at most, if its budget says so."""
-    own, methods, finalists = study.budget.per_method, len(study.methods), study.finalists
-    limits = [study.budget.trials, own.trials * methods if own and own.trials else None]
-    searched = min((limit for limit in limits if limit is not None), default=None)
-    if searched is None or finalists is None:
-        return searched
-    return searched + methods * finalists.per_method * finalists.initialisations * finalists.orders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
@@ -35,6 +36,27 @@ def mean(trials: Sequence[FrozenTrial]) -> float:
     return sum(trial.values[0] for trial in trials) / len(trials)
 
 
+def shape(study: Study, label: str) -> tuple[int, int]:
+    """How many initialisations and orders a method's finalists are trained on: one where nothing learns."""
+    assert study.finalists is not None
+    if not learns(study.methods[label].method):
+        return 1, 1
+    return study.finalists.initialisations, study.finalists.orders
+
+
+def expected(study: Study) -> dict[str, float] | None:
+    """How many trials each method will have, finalists included, if methods are drawn alike; None: nobody knows."""
+    budget, methods = study.budget, study.methods
+    limits = [budget.trials and budget.trials / len(methods), budget.per_method and budget.per_method.trials]
+    each = min((limit for limit in limits if limit), default=None)
+    if each is None:
+        return None
+    searched = {label: min(each, spec.size or each) if budget.per_method else each for label, spec in methods.items()}
+    if study.finalists is None:
+        return searched
+    return {label: own + study.finalists.per_method * math.prod(shape(study, label)) for label, own in searched.items()}
+
+
 def missing(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[tuple[FrozenTrial, Seeds]]:
     """What is still to be trained: each chosen trial on every initialisation with every order of the data."""
     if study.finalists is None:
@@ -43,8 +65,7 @@ def missing(study: Study, trials: Sequence[FrozenTrial]) -> Iterator[tuple[Froze
     there = {(about.of, about.init, about.order) for about in abouts if about.role == "finalist"}
     first = study.training.seed + APART
     for trial in chosen(study, trials):
-        shape = study.finalists.initialisations, study.finalists.orders
-        rows, columns = shape if learns(study.methods[label_of(trial, study)].method) else (1, 1)
+        rows, columns = shape(study, label_of(trial, study))
         for i in range(rows):
             for j in range(columns):
                 if (trial.number, first + i, first + j) not in there:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from .finalists import expected
 from .plan import Plan
 from .planning import Verdict
 from .space import brief
@@ -101,11 +102,12 @@ def times(plan: Plan, cores: int) -> Iterator[str]:
         whole = f"{duration(seconds[label])} a trial that is not pruned"
         each = f"{pace.step:.3g} s a step, {pace.evaluation:.3g} s an evaluation"
         yield f"time: {label}: {each}, {whole} ({pace.steps} steps were measured)"
-    if (trials := plan.study.budget.trials) and seconds.keys() == plan.methods.keys():
+    if (trials := expected(plan.study)) and seconds.keys() == plan.methods.keys():
         workers = cores if plan.device.type == "cpu" else 1
-        total = trials * sum(seconds.values()) / len(seconds) / workers
+        total = sum(number * seconds[label] for label, number in trials.items()) / workers
         each = f" on {workers} workers" if workers > 1 else ""
-        yield f"time: {duration(total)} for {trials} trials{each}, if methods are drawn alike and none is pruned"
+        alike = "" if plan.study.budget.per_method else "methods are drawn alike and "
+        yield f"time: {duration(total)} for {sum(trials.values()):.0f} trials{each}, if {alike}none is pruned"
 
 
 def size(count: int) -> str:
