@@ -59,7 +59,9 @@ def _reading(known: dict[str, Any]) -> str:
 
 def _finalist_notes(found: Comparison, finalists: list[Row]) -> Iterator[str]:
     again = found.trials[found.trials["role"] == "finalist"]
-    if again.empty:
+    if again.empty and found.tags.get("workbench.finalists"):
+        yield "Finalists have not been trained yet; `workbench sweep` goes on with the study."
+    elif again.empty:
         lack = "intervals and ties know nothing of seeds" if finalists else "there are neither intervals nor ties"
         yield (
             f"No configuration was trained again, so {lack}: `finalists: {{per_method: 1}}` in the study file asks for "
