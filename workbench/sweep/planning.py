@@ -68,19 +68,19 @@ class Planner:
         self._sizes: dict[tuple[str, Point], int | None] = {}
 
     @classmethod
-    def beside(cls, shop: Workshop, fault: str | None = None) -> Planner:
+    def beside(cls, shop: Workshop, fault: str | None = None, peaks: bool = True) -> Planner:
         """The planner of a study that is about to run.
 
         Args:
             fault: why passes are padded, where they are though its bench would not.
+            peaks: see above.
         """
         study, real = shop.study, shop.base
         labels = shop.raw.labels or None
         blank = blank_base(study.model, labels, real.device, study.training.precision)
         blank = replace(blank, tokenizer=real.tokenizer, fresh=real.fresh)
         own = replace(shop, base=blank)  # shares what was tokenised
-        fault = shop.bench.fault if fault is None else fault
-        return cls(own, fault, study.memory_limit, study.asks_for_memory or real.device.type == "cuda")
+        return cls(own, shop.bench.fault if fault is None else fault, study.memory_limit, peaks)
 
     # ---------------------------------------------------------------- one trial
 

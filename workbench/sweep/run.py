@@ -79,7 +79,10 @@ def sweep(
         team = crew(shop, interrupt, workers, in_flight(study))
         preflight(study, shop.base, shop.data(()).train)
 
-        planner = Planner.beside(shop, "--solo pads" if alone else None) if foresees(study, shop) else None
+        planner = None
+        peaks = study.asks_for_memory or shop.base.device.type == "cuda"
+        if peaks or study.asks_for_size:
+            planner = Planner.beside(shop, "--solo pads" if alone else None, peaks)
 
         with display.waiting("opening the stores"):
             tracking = open_tracking(stores.tracking, stores.artifacts)
@@ -107,12 +110,6 @@ def sweep(
         finally:
             parent.end(status)  # type: ignore[arg-type]
         return optuna_study.get_trials(deepcopy=False)
-
-
-def foresees(study: Study, shop: Workshop) -> bool:
-    """Whether trials are rehearsed: where size or memory is limited or an objective, and where what is measured can be
-    held against it."""
-    return study.asks_for_memory or study.asks_for_size or shop.base.device.type == "cuda"
 
 
 @contextmanager
