@@ -109,8 +109,8 @@ def test_a_record_without_parameters(swept: Any) -> None:
 
 def test_what_is_recorded(swept: Any) -> None:
     known = recorded(default_store(swept.home)[0], swept.name, 2)
-    assert Path(known.file).is_absolute()
-    assert known.text == swept.file.read_text()
+    assert Path(known.study.file).is_absolute()
+    assert known.study.text == swept.file.read_text()
     assert (known.seeds, known.step) == ((0, 3), 10)
     assert known.metrics.keys() == {"loss", "accuracy", "f1", "mcc"}
     assert known.configuration.params == swept.study.get_trials()[2].params
