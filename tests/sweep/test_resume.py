@@ -16,7 +16,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from workbench.sweep import scheduler, workshop
+from workbench.sweep import entry, workshop
 from workbench.sweep.checkpoints import Checkpoints
 from workbench.sweep.record import Record
 from workbench.sweep.scheduler import Scheduler
@@ -130,7 +130,7 @@ def once(method: Callable) -> Callable:
 @pytest.mark.parametrize(
     ("owner", "name", "states"),
     [
-        (scheduler, "suggest", "RR"),
+        (entry, "suggest", "RR"),
         (Scheduler, "_on_reports", "RRR"),
         (optuna.Trial, "report", "RRR"),
         (Checkpoints, "keep_only", "RR"),

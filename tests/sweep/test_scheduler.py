@@ -50,9 +50,9 @@ def train(shop: Workshop, jobs: Sequence[Job], on_step: Callable[[int, int, floa
             on_step(job.trial, step, 1 / step)
         assert made == [*range(1, job.until + 1)]
         job.end.write_text(" ".join(map(str, made)))
-        if job.adapter:
-            job.adapter.mkdir(exist_ok=True)
-            (job.adapter / "adapter_model.safetensors").write_bytes(b"")
+        if job.results:
+            (job.results / "adapter").mkdir(parents=True, exist_ok=True)
+            (job.results / "adapter" / "adapter_model.safetensors").write_bytes(b"")
         costs = {"seconds/train": 0.1, "seconds/eval": 0.1}
         metrics, new = made_up(job, job.until), job.until - before
         reports.append(Report(job.trial, job.until, new, metrics, costs=costs, trainable=1, total=2))
