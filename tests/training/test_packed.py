@@ -161,7 +161,7 @@ def test_models_whose_long_rows_are_rare_are_padded_too(tmp_path: Path) -> None:
     long = list(range(SPECIAL, SPECIAL + 14))
     columns = {key: [*features[key][:], long] for key in ("input_ids", "labels")}
     validation = type(data.validation)(type(features).from_dict(columns), "CAUSAL_LM", 0)
-    data = type(data)(data.train, validation, None, [], [], "rare")
+    data = type(data)(data.train, validation, [], [], "rare")
     place = Place(make_base("mistral", "CAUSAL_LM", num_key_value_heads=1, sliding_window=11), data, tmp_path)
     assert place.bench.fault
 
