@@ -6,6 +6,7 @@ import altair as alt
 import pandas as pd
 
 from workbench.tracking.colours import COLOURS
+from workbench.tracking.outcomes import spelt
 
 # seven beside six colours: the pairs repeat only after 42 labels
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
@@ -44,7 +45,7 @@ def scatter(trials: pd.DataFrame, metric: str, goal: str, selected: list[str]) -
         {
             "trial": drawn["number"],
             "label": drawn["label"],
-            "outcome": drawn["outcome"],
+            "outcome": drawn["outcome"].map(spelt),
             "look": drawn["outcome"].where(drawn["outcome"].isin(LOOKS), "failed"),
             "objective": drawn["objective"],
             "trainable": drawn["trainable_params"].astype("float64"),

@@ -12,6 +12,7 @@ import streamlit as st
 from dashboards import charts
 from workbench.errors import StorageError
 from workbench.tracking import frames
+from workbench.tracking.outcomes import spelt, tally
 from workbench.tracking.runs import default_store
 
 REFRESH = "2s"
@@ -65,8 +66,8 @@ def _body(uri: str, name: str, live: bool) -> None:
     selected = _table(trials, study["metric"])
     with chart:
         st.altair_chart(charts.scatter(trials, study["metric"], study["goal"], selected))
-        undrawn = trials.loc[trials["objective"].isna(), "outcome"].value_counts()
-        absent = f" Without a value of {study['metric']}: {_listed(undrawn)}." if len(undrawn) else ""
+        undrawn = trials.loc[trials["objective"].isna(), "outcome"]
+        absent = f" Without a value of {study['metric']}: {tally(undrawn)}." if len(undrawn) else ""
         st.caption(charts.KEY + absent)
         if "prediction_error_percent/train" in trials and trials["prediction_error_percent/train"].notna().any():
             errors = trials["prediction_error_percent/train"].dropna()
@@ -79,7 +80,7 @@ def _body(uri: str, name: str, live: bool) -> None:
 def _tiles(trials: pd.DataFrame, study: pd.Series) -> None:
     complete = trials[trials["outcome"] == "complete"]
     counts = trials["outcome"].value_counts()
-    failures = counts.drop(["complete", "pruned", "running", "infeasible"], errors="ignore")
+    failures = trials.loc[~trials["outcome"].isin(["complete", "pruned", "running", "infeasible"]), "outcome"]
     tiles = st.columns([2, 1, 1, 1, 1, 2])
     best = complete.iloc[0] if len(complete) and pd.notna(complete["objective"].iloc[0]) else None
     tiles[0].metric(
@@ -96,14 +97,9 @@ def _tiles(trials: pd.DataFrame, study: pd.Series) -> None:
         (tiles[2], "Complete", counts.get("complete", 0), None),
         (tiles[3], "Pruned", counts.get("pruned", 0), None),
         (tiles[4], "Infeasible", counts.get("infeasible", 0), None),
-        (tiles[5], "Failed", failures.sum(), _listed(failures) or None),
+        (tiles[5], "Failed", len(failures), tally(failures) or None),
     ):
         tile.metric(heading, int(count), note, delta_color="off", delta_arrow="off", border=True, height="stretch")
-
-
-def _listed(counts: pd.Series) -> str:
-    """Such as "2 diverged, 1 out of memory"."""
-    return ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
 
 
 def _waiting(study: pd.Series) -> int:
@@ -125,7 +121,7 @@ def _table(trials: pd.DataFrame, metric: str) -> list[str]:
     order = zlib.crc32(",".join(trials["run_id"]).encode())
     ticked = trials.index[trials["run_id"].isin(st.session_state.get("selected", []))].tolist()
     event: Any = st.dataframe(
-        trials,
+        trials.assign(outcome=trials["outcome"].map(spelt)),
         hide_index=True,
         column_order=list(columns),
         column_config=columns,

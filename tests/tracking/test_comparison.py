@@ -245,7 +245,7 @@ def test_runs_that_failed_are_named(tracking, tmp_path):
     study = open_study(tracking)
     for number, seeds in enumerate(SEEDS[:4]):
         finalist(study, tmp_path, number, 7, seeds, right(0.8, number))
-    trial(study, 4, outcome="failed", message="killed", role="finalist", finalist_of=7, init_seed=13, order_seed=21)
+    trial(study, 4, outcome="crashed", message="killed", role="finalist", finalist_of=7, init_seed=13, order_seed=21)
     found = compare(tracking.uri, "s")
     assert (found.rows[0].runs, found.rows[0].failed) == (4, 1)
     assert "on 3 seeds of initialisation and 2 seeds of order; 1 of these runs did not finish." in " ".join(found.notes)

@@ -173,15 +173,15 @@ def test_runs_that_did_not_end_well(tracking: Tracking, tmp_path: Path):
     nothing = _ended("cancelled", "", "lora/nothing")
     nothing["train_info"] = {"status": "cancelled", "metrics": [], "train_time": None, "error": "no port is free"}
     found = import_results(tracking, "peft", [_write(folder, nothing=nothing)])
-    assert found.outcomes == {"complete": 1, "out_of_memory": 1, "interrupted": 1, "failed": 3}
+    assert found.outcomes == {"complete": 1, "out_of_memory": 1, "interrupted": 1, "crashed": 3}
     table = frames.trials(tracking.uri, "peft").set_index("label")
     assert table["outcome"].to_dict() == {
         "lora/tiny-rank4": "complete",
         "lora/big": "out_of_memory",
         "lora/stopped": "interrupted",
-        "lora/raised": "failed",
-        "lora/failed": "failed",
-        "lora/nothing": "failed",
+        "lora/raised": "crashed",
+        "lora/failed": "crashed",
+        "lora/nothing": "crashed",
     }
     assert table.loc["lora/big", "message"] == "CUDA out of memory. Tried to allocate 1 GiB"
     assert len(table.loc["lora/raised", "message"]) == MAX_MESSAGE
@@ -298,7 +298,7 @@ def test_the_command(tmp_path: Path):
     done = workbench("import-results", good, "--name", "peft", "--home", home)
     assert done.code == 0
     first, *commands = done.out.splitlines()
-    assert first == "results read: 3 (2 complete, 1 out_of_memory); known before: 0. Next:"
+    assert first == "results read: 3 (2 complete, 1 out of memory); known before: 0. Next:"
     assert [line.partition("#")[0].strip() for line in commands] == [
         f"workbench compare peft --home '{home}'",
         f"workbench show peft --home '{home}'",

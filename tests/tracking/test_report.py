@@ -104,7 +104,7 @@ def test_what_comes_from_files_is_escaped(tracking, tmp_path):
     for number, label in enumerate((evil, "_hidden $ from legends")):
         trial(study, 3 * number, label, 0.5, role="default")
         trial(study, 3 * number + 1, label, 0.6, rate=1e-2)
-        trial(study, 3 * number + 2, label, outcome="failed", message=evil)
+        trial(study, 3 * number + 2, label, outcome="crashed", message=evil)
     finalist(study, tmp_path, 6, 1, (0, 0), right(0.6, 0), evil)
     finalist(study, tmp_path, 7, 1, (1, 0), right(0.6, 1), evil)
     page = report(tracking.uri, "s")

@@ -111,7 +111,7 @@ def test_outcomes(tracking, outcome):
 
 def test_message_and_traceback(tracking):
     trial = _study(tracking).open_trial(0, {}, {})
-    trial.end("failed", "x" * 5000, "Traceback ...")
+    trial.end("crashed", "x" * 5000, "Traceback ...")
     tags = tracking.client.get_run(trial.run_id).data.tags
     assert tags["workbench.message"] == "x" * 1000
     assert _artifact(tracking, trial.run_id, "traceback.txt") == "Traceback ..."
@@ -174,7 +174,7 @@ def test_a_deleted_experiment_is_an_error(tracking):
 
 def test_passwords_are_hidden():
     assert runs.public_url("postgresql+psycopg://me:p@ss:w/rd@db:5432/x") == "postgresql+psycopg://me:***@db:5432/x"
-    for url in ("http://mlflow:5000", "http://me@mlflow:5000", "sqlite:////home/a@b/mlflow.db", "sqlite:///a:b@c.db"):
+    for url in ("http://mlflow:5000", "sqlite:////home/a@b/mlflow.db", "sqlite:///a:b@c.db"):
         assert runs.public_url(url) == url
     with pytest.raises(StorageError) as error:
         open_client("http://me:secret@127.0.0.1:9")
@@ -208,9 +208,9 @@ def test_a_tracking_server(template, tmp_path, capfd):
         study = _study(tracking, params={"long": "x" * 7000}, tags={"workbench.metric": "accuracy"})
         trial = study.open_trial(0, {"lora.r": 8}, {"workbench.label": "lora"})
         trial.log(1, {"validation.accuracy": 0.5, "train.loss": math.nan})
-        trial.end("failed", "why", "Traceback ...")
+        trial.end("crashed", "why", "Traceback ...")
         study.end("FINISHED")
-        assert frames.trials(uri, "s").loc[0, ["objective", "outcome", "hp.r"]].tolist() == [0.5, "failed", 8]
+        assert frames.trials(uri, "s").loc[0, ["objective", "outcome", "hp.r"]].tolist() == [0.5, "crashed", 8]
         assert _artifact(tracking, trial.run_id, "traceback.txt") == "Traceback ..."
         assert capfd.readouterr().out == ""  # what the command line prints stays its own
     finally:

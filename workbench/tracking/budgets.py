@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .outcomes import spelt
+
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
 
-FAILURES = ("diverged", "out_of_memory", "infeasible", "failed")
+FAILURES = ("out_of_memory", "diverged", "infeasible", "timed_out", "crashed")
 REASONS = 6  # the most that are told apart
 
 
@@ -67,7 +69,7 @@ def failures(trials: pd.DataFrame) -> Counter[tuple[str, str]]:
     """How many trials came to nothing, by outcome and the first line of the message."""
     failed = trials[trials["outcome"].isin(FAILURES)]
     pairs = zip(failed["outcome"], failed["message"], strict=True)
-    return Counter((outcome.replace("_", " "), (message or "no message").splitlines()[0]) for outcome, message in pairs)
+    return Counter((spelt(outcome), (message or "no message").splitlines()[0]) for outcome, message in pairs)
 
 
 def failure_note(trials: pd.DataFrame) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from .frames import ranked
+from .outcomes import spelt, tally
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +51,7 @@ def leaderboard(trials: pd.DataFrame, study: str, metric: str, goal: str, split:
             f"{trial[memory]:.0f}" if memory and there(trial[memory]) else "",
             *(f"{trial[name]:{PREDICTED[name][1]}}" if there(trial[name]) else "" for name in foreseen),
             f"{trial['seconds/total']:.1f}" if there(trial.get("seconds/total")) else "",
-            trial["outcome"] + what(trial),
+            spelt(trial["outcome"]) + what(trial),
             style="bold" if trial["rank"] == 1 else None,
         )
     return table
@@ -78,5 +78,4 @@ def brief(value: object) -> str:
 
 def outcomes(trials: pd.DataFrame) -> str:
     """How the trials ended, counted."""
-    counts = Counter(trials["outcome"])
-    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in sorted(counts, key=lambda o: (-counts[o], o)))
+    return tally(trials["outcome"])

@@ -124,7 +124,7 @@ class Result(BaseModel):
             return "complete"
         if "out of memory" in self.message.lower():
             return "out_of_memory"
-        return "interrupted" if self.message == MANUALLY else "failed"
+        return "interrupted" if self.message == MANUALLY else "crashed"
 
     def tested(self) -> set[str]:
         """Names of the metrics of the test split."""

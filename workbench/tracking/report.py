@@ -16,6 +16,7 @@ from .compare_formats import columns, is_best, number, signed, title
 from .comparison import Comparison, Row, compare
 from .figures import Looks, pictures
 from .frames import study_run
+from .outcomes import tally
 from .runs import open_client, storage_errors
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ def methods(found: Comparison) -> list[Method]:
     """The budget of each method."""
     trials, made = counted(found.trials), []
     for label, used in found.used.items():
-        outcomes = trials.loc[trials["label"] == label, "outcome"].value_counts()
-        ended = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in outcomes.items())
+        ended = tally(trials.loc[trials["label"] == label, "outcome"])
         made.append(Method(label, used.trials, ended, used.steps, used.seconds))
     return made
 

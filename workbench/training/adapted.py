@@ -37,13 +37,26 @@ def new_adapter(base: Base, config: PeftConfig, seed: int, new_head: bool = Fals
             trials begin with the same.
     """
     torch.manual_seed(seed)
-    model = get_peft_model(base.model, config)
-    if new_head:
-        for path, layer in model.base_model.adapted_layers():
-            for adapter in layer.named_adapters().values():
-                if isinstance(adapter, ModulesToSave):
-                    redraw(base, path, adapter.modules_to_save)
+    try:
+        model = get_peft_model(base.model, config)
+        if new_head:
+            for path, layer in model.base_model.adapted_layers():
+                for adapter in layer.named_adapters().values():
+                    if isinstance(adapter, ModulesToSave):
+                        redraw(base, path, adapter.modules_to_save)
+    except BaseException:  # memory may run out when some layers are wrapped already
+        strip(base)
+        raise
     return model
+
+
+def strip(base: Base) -> None:
+    """Take off the wrappers of an adapter that was not finished."""
+    for site in sites(base.model):
+        if site.wrapper is not None:
+            site.wrapper.restore()
+            setattr(site.parent, site.name, site.wrapper.base_layer)
+    base.model.requires_grad_(False)
 
 
 def redraw(base: Base, path: str, module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from workbench.adapters.bank import Bank, obstacle
-from workbench.errors import Diverged, WorkbenchError
+from workbench.errors import Diverged, OutOfMemory, WorkbenchError
 
 from .adapted import save_results
 from .base import Base
@@ -102,6 +102,19 @@ class Bench:
         A trial that cannot share a pass (`obstacle`) has one for itself. One that fails (it diverges, does not fit the
         model or into memory) leaves; the others go on. Ctrl-C passes through and leaves every checkpoint as it was.
         """
+        most = self.packing.most
+        reports = self._train(stints, on_step)
+        release(self.base.device)  # with the frame above the trials are gone
+        if len(stints) == 1:
+            return reports
+        for place, stint in enumerate(stints):
+            if isinstance(reports[place].error, OutOfMemory):  # perhaps for what the others held
+                (reports[place],) = self.train([stint], on_step)
+                if isinstance(reports[place].error, OutOfMemory):
+                    self.packing.most = most  # one that is too large alone says nothing of how many others fit
+        return reports
+
+    def _train(self, stints: Sequence[Stint], on_step: OnStep) -> list[Report]:
         reports: dict[int, Report] = {stint.trial: Report(stint.trial) for stint in stints}
         trainees: list[Trainee] = []
         device = self.base.device
@@ -126,7 +139,6 @@ class Bench:
             finally:
                 for trainee in trainees:
                     trainee.remove()
-        release(device)
         return [reports[stint.trial] for stint in stints]
 
     @contextmanager
@@ -225,6 +237,7 @@ class Bench:
             if packed is not None:
                 settings = trainees[0].stint.settings
                 packed.checkpointing, packed.compiled = settings.gradient_checkpointing, settings.compile
+                after.callback(packed.forget)
                 after.enter_context(packed.ready())
             yield
 

@@ -23,6 +23,8 @@ MIB = 2**20
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SAMPLE_SECONDS = 0.01
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")  # of CUDA and MPS, of cuBLAS, of the CPU
+OLDEST = [torch.zeros(1, requires_grad=True) * 1 for _ in range(2)]  # older than all that trials compute
 
 
 class Meter:
@@ -160,8 +162,10 @@ def add_up(costs: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def says_no_memory(error: BaseException) -> bool:
-    """Whether memory ran out; the CPU's allocator says so in a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether memory ran out; some libraries say so in a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory:
@@ -175,8 +179,19 @@ def out_of_memory(error: BaseException) -> OutOfMemory:
 
 def release(device: torch.device) -> None:
     """Give freed memory back to the device, or on Linux to the system: trials are then measured from the same start."""
+    if device.type == "cpu":
+        finish_backward()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
+
+
+def finish_backward() -> None:
+    """Let go of a backward pass on the CPU that an error has ended.
+
+    What was left to do of it, and with it the whole graph, stays in the engine's queue, of which the newest operations
+    are worked off first: a backward pass over older ones comes to its end.
+    """
+    torch.autograd.backward(OLDEST, retain_graph=True)

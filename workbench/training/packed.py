@@ -229,6 +229,11 @@ class Packed:
                 return self.model.base_model(**inputs).last_hidden_state
             return self.model(**inputs).logits
 
+    def forget(self) -> None:
+        """Let go of what the last pass was made of."""
+        for name in ("layout", "_stage", "_places"):
+            vars(self).pop(name, None)
+
     def activations(self, group: Group, layer: int, known: Known | None = None) -> Tensor:
         """What enters a layer (`depth`: what leaves the last) for each token of a group, `(tokens, width)`; after all
         layers, where one position is read, for each row."""
