@@ -1,4 +1,4 @@
-"""What is shipped: the declared dependencies, the lock, the bootstrap script, and the commands of the compose file."""
+"""What is shipped: the declared dependencies, the lock and the bootstrap script."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import ast
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RUNTIME = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
-TEST = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["optional-dependencies"]["test"])}
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    """Requirements by the name of the distribution."""
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+RUNTIME = requirements(PROJECT["dependencies"])
+EXTRAS = {extra: requirements(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
+TEST, SERVER = EXTRAS["test"], EXTRAS["server"]
+ON_DEMAND = EXTRAS["postgres"] | EXTRAS["quantised"] | EXTRAS["ray"] | EXTRAS["slurm"]  # imported where it is asked for
 PART_OF = {"pydantic-core": "pydantic", "mlflow-skinny": "mlflow", "mlflow-tracing": "mlflow", "pluggy": "pytest"}
 LOCK = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 
@@ -45,15 +47,25 @@ def imported(*folders: str) -> set[str]:
 
 
 def test_every_import_is_declared_and_every_dependency_is_used() -> None:
-    assert imported("workbench", "dashboards") == set(RUNTIME) - {"cmaes"}, "which Optuna imports for its sampler"
+    always = imported("workbench", "dashboards") - set(ON_DEMAND)
+    assert always == set(RUNTIME) - {"cmaes"}, "which Optuna imports for its sampler"
 
 
 def test_what_tests_import_is_declared() -> None:
     assert imported("tests", "benchmarks") <= set(RUNTIME) | set(TEST)
 
 
+def test_what_the_image_runs_is_declared() -> None:
+    assert imported("docker") <= set(RUNTIME) | set(SERVER)
+
+
+@pytest.mark.parametrize("extra", ["postgres", "ray", "slurm"])
+def test_an_extra_is_tested(extra: str) -> None:
+    assert EXTRAS[extra].items() <= TEST.items()
+
+
 def test_the_lock_holds_one_allowed_version_of_each_dependency() -> None:
-    for name, wanted in (RUNTIME | TEST).items():
+    for name, wanted in (RUNTIME | SERVER | TEST).items():
         pins = [r for r in LOCK if canonicalize_name(r.name) == name and (not r.marker or r.marker.evaluate())]
         assert len(pins) == 1, name
         version = str(pins[0].specifier).removeprefix("==")
@@ -159,70 +171,3 @@ def test_the_script_without_words_explains_itself_and_installs_nothing(clone: Pa
     assert result.returncode == 0
     assert "quickstart" in result.stdout
     assert not (clone / ".venv").exists()
-
-
-# the compose file: its services' commands, started as processes
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def status(url: str, host: str | None = None) -> int | None:
-    """The HTTP status a URL answers with, None while nothing listens."""
-    try:
-        with urlopen(Request(url, headers={"Host": host} if host else {}), timeout=30) as answer:
-            return answer.status
-    except HTTPError as error:
-        return error.code
-    except (URLError, OSError):
-        return None
-
-
-@pytest.fixture
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Base URL of a compose service's command, started here on another port and folder once it answers."""
-    name, port, health = request.param
-    service = YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"][name]
-    assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
-    assert health in service["healthcheck"]["test"][-1]
-    free = str(free_port())
-    places = {"/data": str(tmp_path), "/app/": f"{ROOT}/", "0.0.0.0": "127.0.0.1"}
-    command = []
-    for word in service["command"]:
-        for there, here in places.items():
-            word = word.replace(there, here)
-        command.append(re.sub(rf"\b{port}$", free, word) if word.startswith(("--port", "--server.port")) else word)
-    process = subprocess.Popen([sys.executable, "-m", *command], cwd=tmp_path, start_new_session=True)
-    url = f"http://127.0.0.1:{free}"
-    while status(url + health, host=f"127.0.0.1:{port}") is None:
-        assert process.poll() is None, f"{command} ended with {process.returncode}"
-        time.sleep(0.2)
-    yield url
-    os.killpg(process.pid, 15)
-    process.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("served", [("mlflow", 5000, "/health")], indirect=True)
-def test_the_tracking_server_answers_the_other_services_and_no_strangers(served: str) -> None:
-    api = served + "/api/2.0/mlflow/experiments/get?experiment_id=0"
-    assert status(api, host="mlflow:5000") == 200
-    assert status(api, host="localhost:5000") == 200
-    assert status(api, host="elsewhere.example:5000") == 403
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("served", [("dashboard", 8501, "/_stcore/health")], indirect=True)
-def test_the_dashboard_starts(served: str) -> None:
-    assert status(served + "/_stcore/health") == 200
-
-
-def test_the_sweep_service_runs_a_study_that_is_mounted() -> None:
-    service = YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"]["sweep"]
-    program, word, study = service["command"]
-    assert (program, word) == ("workbench", "sweep")
-    assert "./studies:/studies:ro" in service["volumes"]
-    assert (ROOT / study.lstrip("/")).is_file()
