@@ -15,6 +15,10 @@ import typer
 from workbench.errors import StudyError, WorkbenchError
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from workbench.sweep.display import Display
+    from workbench.sweep.spec import Study
     from workbench.sweep.stores import Stores
 
 app = typer.Typer(
@@ -36,9 +40,23 @@ TrackingUri = Annotated[
 Storage = Annotated[
     str | None, typer.Option(envvar="WORKBENCH_STORAGE", help="Optuna's storage URL, in place of the embedded store.")
 ]
+Heartbeat = Annotated[
+    int,
+    typer.Option(
+        envvar="WORKBENCH_HEARTBEAT",
+        min=1,
+        help="Seconds between two signs of life; after four without one, other workers take over.",
+    ),
+]
+MaxFailures = Annotated[
+    int, typer.Option(min=1, help="Stop when so many trials in a row have failed: the cause is not theirs.")
+]
 Format = Literal["table", "markdown", "latex", "csv"]
 Split = Literal["test", "validation"]
+Launcher = Literal["processes", "ray", "slurm"]
 RUNS = Path("runs")
+HEARTBEAT = 15
+MAX_FAILURES = 20
 COMMAND = os.environ.get("WORKBENCH_COMMAND", "workbench")  # how the user called; workbench.sh says its own name
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a log
 
@@ -55,7 +73,25 @@ def sweep(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes that train. Default: one a core on a CPU, elsewhere one.", show_default=False
+            min=1,
+            help="Processes that train. Default: one a core on a CPU; one a GPU; with a launcher one.",
+            show_default=False,
+        ),
+    ] = None,
+    launcher: Annotated[
+        Launcher | None,
+        typer.Option(
+            help="Place workers as processes of their own (default with several GPUs), by Ray, or by Slurm.",
+            show_default=False,
+        ),
+    ] = None,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What each worker gets: an option of Ray's tasks (num_gpus=1), a parameter of submitit "
+            "(slurm_partition=gpu). Repeatable.",
+            show_default=False,
         ),
     ] = None,
     resume_trial: Annotated[
@@ -65,6 +101,8 @@ def sweep(
     solo: Annotated[
         bool, typer.Option("--solo", help="Train one trial after the other, with plain loops: undisturbed timings.")
     ] = False,
+    max_failures: MaxFailures = MAX_FAILURES,
+    heartbeat: Heartbeat = HEARTBEAT,
 ) -> None:
     """Run a study: search methods and hyperparameters, train each trial, rank them.
 
@@ -79,16 +117,33 @@ def sweep(
     from workbench.tracking import frames
     from workbench.tracking.leaderboard import leaderboard, outcomes
 
-    if solo and (workers or resume_trial):
-        raise typer.BadParameter("--solo goes with neither --workers nor --resume-trial")
-    loaded = load_study(study)
-    if trials is not None:
-        loaded = loaded.model_copy(update={"budget": loaded.budget.model_copy(update={"trials": trials})})
-    where = stores(home, tracking_uri, storage)
+    if solo and (workers or resume_trial or launcher):
+        raise typer.BadParameter("--solo goes with no --workers, --launcher or --resume-trial")
+    if launcher and resume_trial:
+        raise typer.BadParameter("--resume-trial goes without --launcher")
+    resources = dict(pair.partition("=")[::2] for pair in resource or ())
+    if resources and not launcher:
+        raise typer.BadParameter("--resource goes with --launcher")
+    loaded = limited(load_study(study), trials)
+    where = stores(home, tracking_uri, storage, heartbeat)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    placed = launcher or (
+        "processes" if not (solo or resume_trial) and on_gpus(loaded.training.device, workers) else None
+    )
     with Display(loaded, console).open() as display:
         try:
-            ended = run(loaded, where, display, workers=workers, alone=solo, pruned=resume_trial or ())
+            if placed:
+                ended = launch(loaded, where, display, placed, workers, resources, max_failures, trials)
+            else:
+                ended = run(
+                    loaded,
+                    where,
+                    display,
+                    workers=workers,
+                    alone=solo,
+                    pruned=resume_trial or (),
+                    max_failures=max_failures,
+                )
         except KeyboardInterrupt:
             display.say("stopped; nothing is lost: the same command goes on from here")
             raise typer.Exit(130) from None
@@ -111,6 +166,88 @@ def sweep(
         "after changing the file, and the study's name in it": ["validate", str(study)],
     }.items():
         display.say(f"  {COMMAND} {shlex.join(words)}  # {what}")
+
+
+def on_gpus(device: str, workers: int | None) -> bool:
+    """Whether to have one worker a GPU."""
+    from workbench.sweep.launch import gpus
+    from workbench.training.base import pick_device
+
+    return pick_device(device).type == "cuda" and (workers or len(gpus())) > 1
+
+
+def launch(
+    study: Study,
+    where: Stores,
+    display: Display,
+    name: Launcher,
+    workers: int | None,
+    resources: dict[str, str],
+    max_failures: int,
+    trials: int | None,
+) -> list[FrozenTrial]:
+    """Run a study by workers that are placed."""
+    from workbench.sweep.launch import gpus, launched, launcher, logs
+
+    count = workers or (len(gpus()) or 1 if name == "processes" else 1)
+    words = ["--max-failures", str(max_failures), *(["--trials", str(trials)] if trials else [])]
+    return launched(study, where, display, launcher(name, logs(where.home, study.name), resources), count, words)
+
+
+@app.command()
+def worker(
+    study: Annotated[
+        str, typer.Argument(help="A study file, or the name of a study that was begun.", show_default=False)
+    ],
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+    storage: Storage = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials in all, in place of the file's budget.trials.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes of this worker. Default: one a core on a CPU, elsewhere one.", show_default=False
+        ),
+    ] = None,
+    max_failures: MaxFailures = MAX_FAILURES,
+    heartbeat: Heartbeat = HEARTBEAT,
+) -> None:
+    """Join a study: take trials, train them, record them, until none is left. Any number of workers, on any machines.
+
+    They need one Optuna storage and one MLflow server, e.g. --storage postgresql+psycopg://me@host/optuna
+    --tracking-uri http://host:5000, and the model and the data at the study file's paths. On one machine the embedded
+    stores will do. What a worker leaves unfinished when it dies another one goes on with.
+    """
+    from rich.console import Console
+
+    from workbench.sweep.display import Display
+    from workbench.sweep.run import work
+    from workbench.sweep.spec import load_study
+    from workbench.tracking.recorded import recorded_study
+
+    where = stores(home, tracking_uri, storage, heartbeat)
+    if Path(study).suffix or Path(study).exists():
+        loaded = load_study(Path(study))
+    else:
+        known = recorded_study(where.tracking, study)
+        loaded = load_study(known.file, known.text)
+    loaded = limited(loaded, trials)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    with Display(loaded, console).open() as display:
+        try:
+            work(loaded, where, display, workers, max_failures)
+        except KeyboardInterrupt:
+            display.say("stopped; its trials are left to other workers, or to the next one")
+            raise typer.Exit(130) from None
+
+
+def limited(study: Study, trials: int | None) -> Study:
+    """A study with another number of trials, if one is given."""
+    if trials is None:
+        return study
+    return study.model_copy(update={"budget": study.budget.model_copy(update={"trials": trials})})
 
 
 @app.command()
@@ -364,13 +501,14 @@ def import_results(
     """
     from rich.console import Console
 
+    from workbench.tracking.outcomes import tally
     from workbench.tracking.reference import import_results as read
     from workbench.tracking.runs import open_tracking
 
     where = stores(home, tracking_uri, None)
     with Console(stderr=True, highlight=False).status(f"importing {', '.join(map(str, paths))} ..."):
         found = read(open_tracking(where.tracking, where.artifacts), name, paths)
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.most_common())
+    counts = tally(found.outcomes.elements())
     typer.echo(f"results read: {found.outcomes.total()} ({counts}); known before: {found.known}. Next:")
     for command, what in {"compare": "beside a study: name that too", "show": "all of them, best first"}.items():
         typer.echo(f"  {COMMAND} {shlex.join([command, name, *store_options(home, tracking_uri)])}  # {what}")
@@ -396,14 +534,16 @@ def dashboard(
 
 
 def store_options(home: Path, tracking_uri: str | None) -> list[str]:
-    """The options with which another command finds the same stores."""
+    """The options with which another command finds the same stores; what prints them may be a log, so no password."""
+    from workbench.tracking.runs import public_url
+
     options = [] if home == RUNS else ["--home", str(home)]
     if tracking_uri and not os.environ.get("MLFLOW_TRACKING_URI"):
-        options += ["--tracking-uri", tracking_uri]
+        options += ["--tracking-uri", public_url(tracking_uri)]
     return options
 
 
-def stores(home: Path, tracking_uri: str | None, storage: str | None) -> Stores:
+def stores(home: Path, tracking_uri: str | None, storage: str | None, heartbeat: int = HEARTBEAT) -> Stores:
     """Where things are kept: the embedded stores below `home`, but for those named by a URI."""
     from workbench.sweep.stores import Stores
     from workbench.tracking.runs import default_store
@@ -415,6 +555,7 @@ def stores(home: Path, tracking_uri: str | None, storage: str | None) -> Stores:
         optuna=storage or f"sqlite:///{home / 'optuna.db'}",
         tracking=tracking_uri or tracking,
         artifacts=None if tracking_uri else artifacts,
+        heartbeat=heartbeat,
     )
 
 

@@ -3,6 +3,8 @@
 WorkbenchError
 ├── StudyError               a study file has problems; lists all of them, each with file:line:column
 ├── StorageError             the Optuna or MLflow store cannot be used as asked
+│   └── StorageAway          it does not answer, and may come back
+├── StudyFails               all trials of a study fail, so it was stopped
 ├── DataError                a data set cannot be found, read or does not hold the named columns
 ├── ModelError               a base model or its tokenizer cannot be loaded
 ├── AdapterError             the adapter core refuses (also a ValueError, as users of peft expect)
@@ -19,6 +21,7 @@ WorkbenchError
 └── TrialError               one trial could not finish; the sweep goes on
     ├── Diverged             the loss became NaN or infinite
     ├── OutOfMemory          the trial did not fit
+    ├── TimedOut             it took longer than the study lets a trial take
     └── TrialFailed          something that nobody foresaw: a bug, or a worker process that died
 
 A message says what is wrong, where, and what to do about it.
@@ -58,6 +61,14 @@ class StudyError(WorkbenchError):
 
 class StorageError(WorkbenchError):
     """A store cannot be opened, or holds another study under the same name."""
+
+
+class StorageAway(StorageError):
+    """A store does not answer: it is not there, or is just being started."""
+
+
+class StudyFails(WorkbenchError):
+    """All trials of a study fail, one after the other."""
 
 
 class DataError(WorkbenchError):
@@ -126,6 +137,10 @@ class Diverged(TrialError):
 
 class OutOfMemory(TrialError):
     """A trial needs more memory than there is."""
+
+
+class TimedOut(TrialError):
+    """A trial takes longer than the study lets it."""
 
 
 class TrialFailed(TrialError):

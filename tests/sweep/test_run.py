@@ -424,12 +424,12 @@ def test_what_becomes_of_a_trial_does_not_touch_the_others(
     assert done.code == 0
     assert done.out.count("5 trials") == 3
     (counts,) = [line for line in done.out.splitlines() if line.startswith("5 trials: ")]
-    counted = {"1 complete", "2 out_of_memory", "1 failed", "1 pruned"}
+    counted = {"1 complete", "2 out of memory", "1 crashed", "1 pruned"}
     assert {*counts.removeprefix("5 trials: ").split(", ")} == counted
 
     outcomes = [(run.data.tags["workbench.outcome"], run.info.status) for run in rough.trials]
     assert outcomes == [
-        ("failed", "FAILED"),
+        ("crashed", "FAILED"),
         ("pruned", "KILLED"),
         ("out_of_memory", "FAILED"),
         ("out_of_memory", "FAILED"),
@@ -444,12 +444,12 @@ def test_what_becomes_of_a_trial_does_not_touch_the_others(
         TrialState.COMPLETE,
     ]
     assert [trial.user_attrs["outcome"] for trial in rough.study.trials] == [outcome for outcome, _ in outcomes]
-    failed, pruned, starved, too_large, _ = rough.trials
-    trace = Path(rough.client.download_artifacts(failed.info.run_id, "traceback.txt")).read_text()
+    crashed, pruned, starved, too_large, _ = rough.trials
+    trace = Path(rough.client.download_artifacts(crashed.info.run_id, "traceback.txt")).read_text()
     assert trace.startswith("Traceback")
     assert trace.rstrip().endswith("RuntimeError: a bug in a method")
-    assert failed.data.tags["workbench.message"] == "RuntimeError: a bug in a method"
-    assert "trial 0 lora: failed, " in done.out
+    assert crashed.data.tags["workbench.message"] == "RuntimeError: a bug in a method"
+    assert "trial 0 lora: crashed, " in done.out
     assert "Traceback" not in done.out + done.err
     assert list(rough.curve(pruned, "train.loss")) == [1, 2, 3, 4, 5]
     assert pruned.data.tags["workbench.message"] == "worse than others at step 5"
@@ -490,7 +490,7 @@ def test_a_sweep_in_which_nothing_works_says_so(lab, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Workshop, "peft_config", mock.Mock(side_effect=RuntimeError("a bug in a method")))
     done = lab.write(budget="{trials: 2}").sweep(how)
     assert done.code == 1
-    assert "2 trials: 2 failed\nno trial is complete" in done.out
+    assert "2 trials: 2 crashed\nno trial is complete" in done.out
 
 
 def test_a_storage_that_breaks_ends_the_sweep_with_a_message(lab, monkeypatch: pytest.MonkeyPatch):

@@ -254,7 +254,7 @@ def test_a_worker_that_dies(lab, monkeypatch: pytest.MonkeyPatch, times: int):
     done = write(lab, "sampler: random, pruner: none", budget="{trials: 4}").sweep("--workers=2")
     assert (done.code, done.err) == (0, "")
     outcomes = [run.data.tags["workbench.outcome"] for run in lab.trials]
-    assert outcomes == ["complete", "failed" if times == 2 else "complete", "complete", "complete"]
+    assert outcomes == ["complete", "crashed" if times == 2 else "complete", "complete", "complete"]
     message = lab.trials[1].data.tags.get("workbench.message", "")
     assert ("Two worker processes were killed by signal 9 in this trial" in message) == (times == 2)
     assert [*lab.curve(lab.trials[1], "train.loss")] == [*range(1, 5 if times == 2 else 10)]
@@ -317,7 +317,7 @@ def test_a_pruned_trial_is_taken_up_again(lab):
 
 def test_solo_has_no_workers_and_no_checkpoints(lab):
     write(lab, "sampler: random, pruner: none", budget="{trials: 2}")
-    for words in (["--workers", 2], ["--resume-trial", 0]):
+    for words in (["--workers", 2], ["--resume-trial", 0], ["--launcher", "processes"]):
         done = lab.sweep("--solo", *words)
         assert (done.code, done.out) == (2, "")
-        assert "--solo goes with neither --workers nor --resume-trial" in done.err
+        assert "--solo goes with no --workers, --launcher or --resume-trial" in done.err

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
+from optuna.trial import FrozenTrial
 
-FOLDER = "checkpoints"  # attribute of a study: the name of its folder
+from workbench.errors import StorageError
+from workbench.tracking.runs import Run, Tracking
+
+from .budget import PROGRESS
+from .roles import OUTCOME
+
+FOLDER = "checkpoints"  # attribute of a study, the name of its folder; and a folder of a run's artifacts
+LARGEST = 2**29  # bytes of a checkpoint that goes through the server
 
 
 class Checkpoints:
@@ -17,9 +28,14 @@ class Checkpoints:
     The step that counts is the one that Optuna's trial holds, and its file stays until the next one is recorded:
     wherever a sweep is killed, there is a file for what was recorded. The folder's name is drawn when a study is begun,
     so that a study of the same name in another store does not take these files for its own.
+
+    Args:
+        server: where the runs are kept, if workers with other homes may go on with a trial: its file then is among its
+            run's artifacts too, until it ends. Beyond `LARGEST` it is not, and they begin the trial anew.
     """
 
-    def __init__(self, home: Path, study: optuna.Study):
+    def __init__(self, home: Path, study: optuna.Study, server: Tracking | None = None):
+        self._server = server
         if FOLDER not in study.user_attrs:
             study.set_user_attr(FOLDER, f"{study.study_name}-{secrets.token_hex(4)}")
         self.folder = home / "checkpoints" / study.user_attrs[FOLDER]
@@ -28,6 +44,10 @@ class Checkpoints:
     def at(self, number: int, step: int) -> Path:
         """The file of a trial at a step."""
         return self.folder / f"{number}-{step}.safetensors"
+
+    def copy(self, number: int, other: int, step: int) -> None:
+        """Let another trial begin where this one is."""
+        shutil.copyfile(self.at(number, step), self.at(other, step))
 
     def results(self, number: int) -> Path:
         """A folder for what a trial comes to, until it is recorded."""
@@ -40,3 +60,34 @@ class Checkpoints:
                 shutil.rmtree(path)
             elif step is None or path != self.at(number, step):
                 path.unlink()
+
+    def share(self, number: int, step: int, run: Run) -> None:
+        """Let workers elsewhere have a trial's file. To be called before the step is recorded."""
+        file = self.at(number, step)
+        if self._server and file.stat().st_size <= LARGEST:
+            run.artifact(file, FOLDER)
+
+    def discard(self, number: int, run: Run, step: int | None = None) -> None:
+        """Delete the files that workers elsewhere might have had, but for the one at this step. To be called when that
+        is recorded."""
+        if self._server:
+            run.discard(FOLDER, keep=None if step is None else self.at(number, step).name)
+
+    def fetch(self, number: int, step: int, run_id: str) -> bool:
+        """Have a trial's file here, if it is anywhere."""
+        file = self.at(number, step)
+        if not file.exists() and self._server:
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                try:
+                    self._server.run(run_id).download(f"{FOLDER}/{file.name}", Path(folder))
+                except StorageError:
+                    return False
+                os.replace(Path(folder, FOLDER, file.name), file)
+        return file.exists()
+
+    def tidy(self, trials: Sequence[FrozenTrial]) -> None:
+        """Delete what is left of trials that ended, perhaps elsewhere; but for the files of pruned ones."""
+        for trial in trials:
+            if trial.state.is_finished():
+                pruned = trial.user_attrs.get(OUTCOME) == "pruned"
+                self.keep_only(trial.number, trial.user_attrs.get(PROGRESS, {}).get("step") if pruned else None)

@@ -18,8 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from workbench.tracking.outcomes import spelt, tally
+
 from . import budget
 from .finalists import expected
+from .roles import OUTCOME, label_of
 from .space import TrialConfig, combinations
 from .spec import Study
 
@@ -116,7 +119,7 @@ class Display:
         """A trial ended."""
         result = f"{self.study.objective.metric} {value:.4f}" if value is not None else ""
         parts = [
-            outcome,
+            spelt(outcome),
             result,
             f"{seconds:.1f} s",
             message.splitlines()[0] if message and outcome != "complete" else "",
@@ -128,10 +131,23 @@ class Display:
         if self._progress and self._study_bar is not None:
             self._progress.advance(self._study_bar)
 
+    def elsewhere(self, trial: FrozenTrial) -> None:
+        """A trial ended with a worker that has a display of its own."""
+        progress = trial.user_attrs.get(budget.PROGRESS, {})
+        self._names[trial.number] = f"trial {trial.number} {label_of(trial, self.study)}"
+        value = progress.get("metrics", {}).get(self.study.objective.metric)
+        outcome = trial.user_attrs.get(OUTCOME, trial.state.name.lower())
+        self.finished(trial.number, outcome, "", value, budget.cost(trial, "seconds"))
+
+    def lost(self, number: int) -> None:
+        """Another worker took a trial."""
+        self.say(f"{self._names[number]}: this process stood still for so long that another worker goes on with it")
+        if self._progress and number in self._bars:
+            self._progress.remove_task(self._bars.pop(number))
+
     def ended(self, seconds: float) -> None:
         """This sweep is over."""
-        ended = ", ".join(f"{count} {outcome}" for outcome, count in self._ended.most_common())
-        self.say(f"{self._ended.total()} trials in {seconds:.1f} s: {ended}")
+        self.say(f"{self._ended.total()} trials in {seconds:.1f} s: {tally(self._ended.elements())}")
 
     def finished_before(self, trials: Sequence[FrozenTrial]) -> None:
         """There is nothing left to do."""

@@ -1,14 +1,16 @@
-"""Which trial comes next: one that was cut off, a method's defaults, one that the sampler draws, a finalist."""
+"""Which trial comes next: one that was left, a method's defaults, one that the sampler draws, a finalist.
+
+All of these look at what there is and then add to it: to be called in turn, see `Fleet.in_turn`.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from .budget import next_label, spent
 from .finalists import missing
+from .fleet import Fleet
 from .roles import About, drawn, of_label
 from .samplers import sampler
 from .space import METHOD
@@ -16,20 +18,22 @@ from .spec import Study
 from .usual import usual_params
 
 
-def cut_off(study: Study, optuna_study: optuna.Study) -> Iterator[optuna.Trial]:
-    """Trials that a dead process left running. What was not yet drawn of them is drawn as it would have been."""
+def left(study: Study, optuna_study: optuna.Study, fleet: Fleet) -> optuna.Trial | None:
+    """A running trial that nobody works on, since its worker died or was stopped; None if there is none. What was not
+    yet drawn of it is drawn as it would have been."""
     trials = optuna_study.get_trials(deepcopy=False)
-    for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            optuna_study.sampler = next_sampler(study, trials[: trial.number], trial.params.get(METHOD))
-            yield optuna.Trial(optuna_study, trial._trial_id)
+    found = next(iter(fleet.left(trials)), None)
+    if found is None:
+        return None
+    optuna_study.sampler = next_sampler(study, trials[: found.number], found.params.get(METHOD))
+    return optuna.Trial(optuna_study, found._trial_id)
 
 
 def searched(study: Study, optuna_study: optuna.Study, seconds: float) -> optuna.Trial | None:
     """The next trial of the search; None if its budget is spent."""
+    if (trial := waiting(optuna_study)) is not None:  # a crash came between two writes
+        return trial
     trials = optuna_study.get_trials(deepcopy=False)
-    if any(trial.state == TrialState.WAITING for trial in trials):  # a crash came between two writes
-        return optuna_study.ask()
     if spent(study, trials, seconds):
         return None
     if study.budget.per_method:
@@ -42,6 +46,12 @@ def searched(study: Study, optuna_study: optuna.Study, seconds: float) -> optuna
     return optuna_study.ask()
 
 
+def waiting(optuna_study: optuna.Study) -> optuna.Trial | None:
+    """A trial that was added and that nobody has begun."""
+    states = {trial.state for trial in optuna_study.get_trials(deepcopy=False)}
+    return optuna_study.ask() if TrialState.WAITING in states else None
+
+
 def next_sampler(study: Study, trials: list[FrozenTrial], label: str | None = None) -> optuna.samplers.BaseSampler:
     """The sampler after these trials, of the method whose turn it is."""
     if study.budget.per_method and label is None:
@@ -50,8 +60,11 @@ def next_sampler(study: Study, trials: list[FrozenTrial], label: str | None = No
 
 
 def finalist(study: Study, optuna_study: optuna.Study) -> optuna.Trial | None:
-    """The next finalist; None if all are there. It is asked for when the search is over."""
-    found = next(missing(study, optuna_study.get_trials(deepcopy=False)), None)
+    """The next finalist; None if all are there, or the search is not over."""
+    trials = optuna_study.get_trials(deepcopy=False)
+    if any(not trial.state.is_finished() for trial in drawn(trials)):
+        return None
+    found = next(missing(study, trials), None)
     if found is None:
         return None
     trial, seeds = found

@@ -8,11 +8,27 @@ import optuna
 
 from workbench.tracking.runs import Outcome
 
-from .planning import Planner
+from .planning import Planner, Verdict
 from .record import Books, Progress, Record
 from .roles import ABOUT, DUPLICATE, RESUMES, About, drawn
 from .space import TrialConfig, suggest
 from .workshop import Seeds, Workshop
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A trial of which everything is drawn.
+
+    Attributes:
+        twin: the first trial of the search that has the same configuration.
+        verdict: what it will need, where somebody asks.
+    """
+
+    trial: optuna.Trial
+    config: TrialConfig
+    seeds: Seeds
+    twin: int | None
+    verdict: Verdict | None
 
 
 @dataclass(frozen=True)
@@ -30,31 +46,37 @@ class Entry:
     note: str
 
 
-def enter(trial: optuna.Trial, books: Books, shop: Workshop, planner: Planner | None, progress: Progress) -> Entry:
-    """Draw what is missing of a trial's configuration and open its record.
+def settle(trial: optuna.Trial, books: Books, shop: Workshop, planner: Planner | None) -> Settled:
+    """Draw what is missing of a trial's configuration, in turn: whoever is next compares his own with it."""
+    config = suggest(trial, shop.study)
+    verdict = planner.judge(config) if planner else None
+    config = verdict.config if verdict else config
+    seeds, twin = seeds_of(trial, config, books, shop)
+    return Settled(trial, config, seeds, twin, verdict)
+
+
+def enter(settled: Settled, books: Books, planner: Planner | None, progress: Progress) -> Entry:
+    """Open a trial's record.
 
     Args:
         progress: how far it came before.
     """
-    config = suggest(trial, shop.study)
+    trial, config, twin, verdict = settled.trial, settled.config, settled.twin, settled.verdict
     refusal: tuple[Outcome, str] | None = None
-    verdict = planner.judge(config) if planner else None
-    config = verdict.config if verdict else config
-    seeds, twin = seeds_of(trial, config, books, shop)
     fresh = not progress.step
     record = (
         books.begin(trial, config, progress)
         if fresh or "run_id" not in trial.user_attrs
         else books.go_on(trial, config, progress)
     )
-    if fresh and twin is not None and shop.study.search.duplicates == "skip":
+    if fresh and twin is not None and books.study.search.duplicates == "skip":
         refusal = DUPLICATE, f"its configuration is that of trial {twin}"
     elif fresh and planner and verdict:
         record.predicted(verdict, planner)
         planner.heed(verdict)
         if verdict.refusal:
             refusal = "infeasible", verdict.refusal
-    return Entry(record, seeds, refusal, note(trial, twin))
+    return Entry(record, settled.seeds, refusal, note(trial, twin))
 
 
 def seeds_of(trial: optuna.Trial, config: TrialConfig, books: Books, shop: Workshop) -> tuple[Seeds, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from workbench.training.loop import Measured, evaluate
 from .match import restored
 from .reproduce import check_same
 from .run import only_one
-from .spec import load_study
+from .spec import NAME, load_study
 from .stores import Stores
 from .workshop import Workshop
 
@@ -68,6 +69,8 @@ def promote(name: str, stores: Stores, say: Say, again: str = "") -> Reading:
         StorageError: the study is not there or not over, it has no test split, or the split was read before.
         ModelError, DataError: the model or the data cannot be loaded any more.
     """
+    if not re.fullmatch(NAME, name):  # a file of this name is made
+        raise StorageError(f"There is no study {name!r}: names have letters, digits and . _ - only.")
     with only_one(stores.home, name):
         about = recorded_study(stores.tracking, name)
         trials = frames.trials(stores.tracking, name)

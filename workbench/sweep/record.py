@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory
+from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, TimedOut
 from workbench.tracking.recorded import PARAMS, SIZE
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun
 from workbench.training.bench import Report
@@ -247,9 +247,11 @@ def outcome(error: Exception) -> Outcome:
             return "diverged"
         case OutOfMemory():
             return "out_of_memory"
+        case TimedOut():
+            return "timed_out"
         case AdapterError() | DataError():
             return "infeasible"
-    return "failed"
+    return "crashed"
 
 
 def readable(value: Any) -> Any:

@@ -15,9 +15,10 @@ import optuna
 import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
+from sqlalchemy.exc import SQLAlchemyError
 
 from workbench.errors import StorageError
-from workbench.tracking.runs import StudyRun, Tracking, environment, open_tracking, public_url
+from workbench.tracking.runs import Status, StudyRun, Tracking, environment, open_tracking, public_url
 from workbench.training.base import pick_device, quiet
 from workbench.training.memory import Meter
 
@@ -25,6 +26,8 @@ from . import draw, solo
 from .budget import SECONDS, Clock
 from .checkpoints import Checkpoints
 from .display import Display
+from .failures import Failures
+from .fleet import Fleet
 from .interrupt import Interrupt
 from .planning import Planner
 from .pool import crew
@@ -34,6 +37,7 @@ from .samplers import pruner
 from .scheduler import Scheduler, check_pruned
 from .space import in_flight
 from .spec import Study
+from .storage import Storage, open_storage, patiently, unusable
 from .stores import Stores
 from .workshop import Workshop
 
@@ -46,6 +50,7 @@ def sweep(
     workers: int | None = None,
     alone: bool = False,
     pruned: Sequence[int] = (),
+    max_failures: int | None = None,
 ) -> list[FrozenTrial]:
     """Run a study until its budget is spent, or go on with it where it was stopped.
 
@@ -53,23 +58,58 @@ def sweep(
         workers: processes that train; None: one a core on the CPU, elsewhere this process by itself.
         alone: train one trial after the other with the plain loop, in this process.
         pruned: numbers of pruned trials to take up again and train to their last step.
+        max_failures: failed trials in a row after which the study is stopped; None: any number.
 
     Returns:
         The study's trials, all of them finished.
 
     Raises:
         StudyError: the file asks for what the model or the data do not have; nothing was created.
-        StorageError: the stores hold another study of this name, or another process is running it.
+        StorageError: the stores hold another study of this name, or another sweep of it is running.
+        StudyFails: its trials only fail.
+    """
+    with only_one(stores.home, study.name):
+        known = stored_study(study, stores)
+        for number in pruned:
+            check_pruned(study, stores.home, known, number)
+        return take_part(study, stores, display, False, workers, alone, pruned, max_failures)
+
+
+def work(
+    study: Study, stores: Stores, display: Display, workers: int | None = None, max_failures: int | None = None
+) -> list[FrozenTrial]:
+    """Be one of the workers of a study, which may be on many machines, until there is nothing left to do for any.
+
+    Args, returns and raises as `sweep`.
+    """
+    with file_errors(stores.home):
+        return take_part(study, stores, display, True, workers, False, (), max_failures)
+
+
+def take_part(
+    study: Study,
+    stores: Stores,
+    display: Display,
+    shared: bool,
+    workers: int | None,
+    alone: bool,
+    pruned: Sequence[int],
+    max_failures: int | None,
+) -> list[FrozenTrial]:
+    """See `sweep`.
+
+    Args:
+        shared: others are expected to join. What is drawn then depends on who is faster.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with only_one(stores.home, study.name), Interrupt() as interrupt:
-        known = stored_study(study, stores)
+    with Interrupt() as interrupt:
+        # a worker may be there before the servers; for a sweep one that does not answer is more likely a mistake
+        opened = patiently if shared else (lambda do: do())
+        known = opened(lambda: stored_study(study, stores))
         earlier = known.get_trials(deepcopy=False) if known else []
         if known and not pruned and draw.is_over(study, earlier, known.user_attrs.get(SECONDS, 0.0)):
             display.finished_before(earlier)
             return earlier
-        for number in pruned:
-            check_pruned(study, stores.home, known, number)
 
         loaded: list[torch.Tensor] = []
         meter = Meter(pick_device(study.training.device), (lambda: loaded) if study.training.track_memory else None)
@@ -85,19 +125,28 @@ def sweep(
             planner = Planner.beside(shop, "--solo pads" if alone else None, peaks)
 
         with display.waiting("opening the stores"):
-            tracking = open_tracking(stores.tracking, stores.artifacts)
-            optuna_study = open_optuna(study, stores, f"{shop.base.fingerprint}:{shop.data(()).fingerprint}")
-            parent = open_parent(study, stores, tracking, shop, meter)
+            tracking = opened(lambda: open_tracking(stores.tracking, stores.artifacts))
+            storage = opened(lambda: open_storage(stores, study.name))
+            optuna_study = open_optuna(study, storage, f"{shop.base.fingerprint}:{shop.data(()).fingerprint}")
+            fleet = Fleet(optuna_study, storage, stores.home, shared)
+            parent = fleet.in_turn(lambda: open_parent(study, stores, tracking, shop, meter))
+            checkpoints = fleet.in_turn(
+                lambda: Checkpoints(stores.home, optuna_study, None if stores.artifacts else tracking)
+            )
+        checkpoints.tidy(earlier)
         display.begin(earlier, shop.notes)
 
         books, clock = Books(study, optuna_study, tracking, parent, shop.raw.fingerprint), Clock(optuna_study)
-        status = "FAILED"
+        failures = None if max_failures is None else Failures(optuna_study, max_failures)
+        status: Status | None = "FAILED"
         try:
-            if alone:
-                solo.run(books, shop, clock, display, interrupt, planner)
-            else:
-                checkpoints = Checkpoints(stores.home, optuna_study)
-                Scheduler(books, shop, team, checkpoints, clock, display, interrupt, planner).run(pruned)
+            with fleet.joined():
+                if alone:
+                    solo.run(books, shop, clock, display, interrupt, fleet, planner, failures)
+                else:
+                    Scheduler(books, shop, team, checkpoints, clock, display, interrupt, fleet, planner, failures).run(
+                        pruned
+                    )
             names = {key: f"seconds/shared_{key.removeprefix('seconds/')}" for key in shop.shared_costs}
             parent.summary({names[key]: seconds for key, seconds in shop.shared_costs.items()})
             display.ended(clock.session)
@@ -105,18 +154,37 @@ def sweep(
         except KeyboardInterrupt:
             status = "KILLED"
             raise
-        except StorageInternalError as error:
-            raise unusable(stores.optuna, error) from error
+        except (StorageError, StorageInternalError) as error:
+            status = None
+            if not shared:
+                parent.end("FAILED")
+            if isinstance(error, StorageInternalError):
+                raise unusable(stores.optuna, error) from error
+            raise
         finally:
-            parent.end(status)  # type: ignore[arg-type]
-        return optuna_study.get_trials(deepcopy=False)
+            if status:
+                close(status, books, fleet)
+        trials = optuna_study.get_trials(deepcopy=False)
+        checkpoints.tidy(trials)
+        return trials
+
+
+def close(status: Status, books: Books, fleet: Fleet) -> None:
+    """Close the study's run, unless other workers go on."""
+    trials = books.optuna_study.get_trials(deepcopy=False)
+    if status == "FINISHED":
+        books.parent.drop_strays({trial.user_attrs["run_id"] for trial in trials if "run_id" in trial.user_attrs})
+        fleet.tidy()
+    elif fleet.others(trials):
+        return
+    books.parent.end(status)
 
 
 @contextmanager
 def only_one(home: Path, name: str) -> Iterator[None]:
-    """Hold the study's lock. It goes with the process, so a trial found running under it belongs to a dead one."""
+    """Hold the study's lock, which goes with the process."""
     lock = filelock.FileLock(home / "locks" / f"{name}.lock", timeout=0)
-    try:
+    with file_errors(home):
         (home / "locks").mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -128,7 +196,14 @@ def only_one(home: Path, name: str) -> Iterator[None]:
             yield
         finally:
             lock.release()
-    except OSError as error:  # no permission, no space left: here or later
+
+
+@contextmanager
+def file_errors(home: Path) -> Iterator[None]:
+    """Say which file cannot be used: no permission, no space left."""
+    try:
+        yield
+    except OSError as error:
         raise StorageError(f"{error.filename or home} cannot be used: {error.strerror or error}") from error
 
 
@@ -150,21 +225,15 @@ def stored_study(study: Study, stores: Stores) -> optuna.Study | None:
     file = stores.optuna.removeprefix("sqlite:///")
     if file != stores.optuna and not Path(file).exists():
         return None
+    storage = open_storage(stores, study.name)
     try:
-        storage = optuna.storages.RDBStorage(stores.optuna)
-        if study.name not in optuna.get_all_study_names(storage):
-            return None
         known = optuna.load_study(study_name=study.name, storage=storage)
-    except Exception as error:  # SQLAlchemy's, its drivers' and Optuna's own have no common base
+    except KeyError:
+        return None
+    except (StorageInternalError, SQLAlchemyError) as error:
         raise unusable(stores.optuna, error) from error
     check_identity(known, study, "identity", identity(study))
     return known
-
-
-def unusable(url: str, error: Exception) -> StorageError:
-    """What to say of a storage of Optuna's that fails."""
-    reason = str(error.__cause__ or error).splitlines()[0]  # the driver's own words
-    return StorageError(f"Optuna's storage {public_url(url)} cannot be used: {reason}")
 
 
 def check_identity(known: optuna.Study, study: Study, key: str, value: str) -> None:
@@ -179,21 +248,15 @@ def check_identity(known: optuna.Study, study: Study, key: str, value: str) -> N
         )
 
 
-def open_optuna(study: Study, stores: Stores, fingerprint: str) -> optuna.Study:
+def open_optuna(study: Study, storage: Storage, fingerprint: str) -> optuna.Study:
     """Optuna's study, made or found again."""
-    url = stores.optuna
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        opened = optuna.create_study(
-            study_name=study.name,
-            storage=optuna.storages.RDBStorage(url),
-            pruner=pruner(study),
-            directions=study.objective.directions,
-            load_if_exists=True,
-        )
-    except Exception as error:
-        raise unusable(url, error) from error
+    opened = optuna.create_study(
+        study_name=study.name,
+        storage=storage,
+        pruner=pruner(study),
+        directions=study.objective.directions,
+        load_if_exists=True,
+    )
     for key, value in (("identity", identity(study)), ("fingerprint", fingerprint)):
         check_identity(opened, study, key, value)
         opened.set_user_attr(key, value)

@@ -1,20 +1,22 @@
 """Many trials at once: each trains stretch by stretch, losers leave early, new ones enter.
 
 A round brings trials to the next step at which something is decided; then whoever loses leaves, and new trials are
-asked for. Nothing is decided or drawn within a round, so that what a study finds does not depend on which worker was
+asked for. Nothing is decided or drawn within a round, so that what a study finds does not depend on which process was
 faster, nor on how many there are. All that a round needs is in the stores: after a crash it is finished first.
+
+Where several workers share a study each has rounds of its own, and takes the trials of those that died.
 """
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
 
-from workbench.errors import StorageError
+from workbench.errors import StorageError, StudyFails
 from workbench.tracking.runs import Outcome
 from workbench.training.bench import Report
 
@@ -23,7 +25,9 @@ from .baselines import learns
 from .budget import PROGRESS, Clock
 from .checkpoints import Checkpoints
 from .display import Display
-from .entry import enter
+from .entry import Settled, enter, settle
+from .failures import Failures
+from .fleet import TAKEN, Fleet
 from .interrupt import Interrupt
 from .planning import Planner
 from .pool import Crew
@@ -34,7 +38,9 @@ from .spec import Study
 from .workshop import Job, Seeds, Workshop
 
 ROUND = "round"  # attribute of a study: to which step each trial of the round trains
-FINALISTS = 27  # that are live at once
+FINALISTS = 27  # that are live at once, where one worker has them all
+WAIT_SECONDS = 1.0  # how often a worker without trials looks whether there are any
+SUSPECT, POISON = 2, 8  # workers that died at the same step of a trial: it then trains alone; it is given up
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Live:
         seeds: where its random numbers come from.
         searching: it is one of the search; else it takes a pruned trial up again, or is a finalist.
         spared: the pruner leaves it alone.
+        suspect: workers died with it, so that nobody shares a pass with it.
         losses: by step, of the stretch that it trains now.
         goal: the step to which it trains in this round.
         begun: whether it has trained in this round.
@@ -55,6 +62,7 @@ class Live:
     seeds: Seeds
     searching: bool
     spared: bool
+    suspect: bool
     losses: dict[int, float] = field(default_factory=dict)
     goal: int = 0
     begun: bool = False
@@ -74,6 +82,7 @@ class Scheduler:
 
     Args:
         planner: predicts what trials need; None: nobody asks.
+        failures: stops a study that only fails; None: nothing does.
     """
 
     def __init__(
@@ -85,12 +94,14 @@ class Scheduler:
         clock: Clock,
         display: Display,
         interrupt: Interrupt,
+        fleet: Fleet,
         planner: Planner | None = None,
+        failures: Failures | None = None,
     ):
         self.books, self.study, self.optuna_study = books, books.study, books.optuna_study
         self.shop, self.crew, self.checkpoints = shop, crew, checkpoints
         self.clock, self.display, self.interrupt = clock, display, interrupt
-        self.planner = planner
+        self.fleet, self.planner, self.failures = fleet, planner, failures
         self.live: dict[int, Live] = {}
         self._pace: dict[int | str, float] = {}  # seconds a step, of a trial and of its label
 
@@ -102,41 +113,63 @@ class Scheduler:
         """
         try:
             with self.crew:
-                self._enter_cut_off()
+                self._take_left()
                 for number in pruned:
                     self._take_up(number)
-                goals = {int(number): step for number, step in self.optuna_study.user_attrs.get(ROUND, {}).items()}
-                while True:
+                goals: dict[int, int] = {}
+                if not self.fleet.shared:
+                    goals = {int(n): step for n, step in self.optuna_study.user_attrs.get(ROUND, {}).items()}
+                while self._take_left() or not self._over():
                     self._train(goals)
                     self._prune()
-                    self.clock.save()
+                    if goals:
+                        self.clock.save()
                     self._fill()
-                    if not self.live:
-                        return
-                    goals = self._goals()
-                    self.optuna_study.set_user_attr(ROUND, goals)
-        except KeyboardInterrupt:
+                    goals = self._goals() if self.live else {}
+                    if goals and not self.fleet.shared:
+                        self.optuna_study.set_user_attr(ROUND, goals)
+        except (KeyboardInterrupt, StudyFails):
             for live in self.live.values():
                 live.record.run.end("interrupted", INTERRUPTED)
+                self.fleet.release(live.record.trial)
             self.clock.save()
             raise
 
+    def _over(self) -> bool:
+        """Whether there is nothing more to do, also for others; waits while only these have something."""
+        self.interrupt.check()
+        if self.live:
+            return False
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        if draw.is_over(self.study, trials, self.clock.seconds):
+            return True
+        if any(not trial.state.is_finished() for trial in trials):
+            time.sleep(WAIT_SECONDS)
+        return False
+
     # ---------------------------------------------------------------- who takes part
 
-    def _enter_cut_off(self) -> None:
-        """Trials that an earlier sweep left running."""
-        for trial in draw.cut_off(self.study, self.optuna_study):
-            self._enter(trial)
+    def _take_left(self) -> bool:
+        """Go on with trials that nobody works on; whether there were any."""
+        before = len(self.live)
+        while settled := self.fleet.in_turn(lambda: self._settled(self._left())):
+            self._enter(settled)
+        return len(self.live) > before
 
     def _take_up(self, number: int) -> None:
         """Go on with a pruned trial, as a new one: Optuna's trials end once."""
         pruned = self.optuna_study.get_trials(deepcopy=False)[number]
         step = pruned.user_attrs[PROGRESS]["step"]
         attributes = {RESUMES: number, PROGRESS: {"step": step}, ABOUT: pruned.user_attrs.get(ABOUT, {})}
-        self.optuna_study.enqueue_trial(pruned.params, user_attrs=attributes)
-        trial = self.optuna_study.ask()
-        shutil.copyfile(self.checkpoints.at(number, step), self.checkpoints.at(trial.number, step))
-        self._enter(trial)
+
+        def take() -> Settled | None:
+            trials = self.optuna_study.get_trials(deepcopy=False)
+            if not any(trial.user_attrs.get(RESUMES) == number for trial in trials):
+                self.optuna_study.enqueue_trial(pruned.params, user_attrs=attributes)
+            return self._settled(draw.waiting(self.optuna_study))
+
+        if settled := self.fleet.in_turn(take):
+            self._enter(settled)
 
     def _fill(self) -> None:
         """New trials, as many as may be live and the budget allows; when the search is over, finalists."""
@@ -146,33 +179,55 @@ class Scheduler:
                 if self.live:
                     return
                 raise hopeless
-            trial = draw.searched(self.study, self.optuna_study, self.clock.seconds)
-            if trial is None:
+            if not (settled := self.fleet.in_turn(lambda: self._settled(self._searched()))):
                 break
-            self._enter(trial)
-        if not any(live.searching for live in self.live.values()):
-            while len(self.live) < FINALISTS and (trial := draw.finalist(self.study, self.optuna_study)):
-                self._enter(trial)
+            self._enter(settled)
+        room = in_flight(self.study) if self.fleet.shared else FINALISTS
+        while len(self.live) < room and (settled := self.fleet.in_turn(lambda: self._settled(self._finalist()))):
+            self._enter(settled)
 
-    def _enter(self, trial: optuna.Trial) -> None:
+    def _left(self) -> optuna.Trial | None:
+        return draw.left(self.study, self.optuna_study, self.fleet)
+
+    def _searched(self) -> optuna.Trial | None:
+        return draw.searched(self.study, self.optuna_study, self.clock.seconds)
+
+    def _finalist(self) -> optuna.Trial | None:
+        return draw.finalist(self.study, self.optuna_study)
+
+    def _settled(self, trial: optuna.Trial | None) -> Settled | None:
+        """A trial that is drawn becomes this worker's."""
+        if trial is None:
+            return None
+        self.fleet.claim(trial)
+        return settle(trial, self.books, self.shop, self.planner)
+
+    def _enter(self, settled: Settled) -> None:
         """Let a trial take part from where its checkpoint is, or from the start."""
+        trial = settled.trial
+        about, resumes = About.of_trial(trial), trial.user_attrs.get(RESUMES)
         progress = Progress(**trial.user_attrs.get(PROGRESS, {}))
-        if not self.checkpoints.at(trial.number, progress.step).exists():
+        if "run_id" not in trial.user_attrs and resumes is not None:
+            self.checkpoints.copy(resumes, trial.number, progress.step)
+        if not self.checkpoints.fetch(trial.number, progress.step, trial.user_attrs.get("run_id", "")):
             progress = Progress()
         self.checkpoints.keep_only(trial.number, progress.step)
-        entry = enter(trial, self.books, self.shop, self.planner, progress)
-        about, resumes = About.of_trial(trial), trial.user_attrs.get(RESUMES)
+        entry = enter(settled, self.books, self.planner, progress)
+        deaths = trial.user_attrs.get(TAKEN, {}).get("times", 0)
         live = self.live[trial.number] = Live(
             record=entry.record,
             seeds=entry.seeds,
             searching=resumes is None and about.role != "finalist",
             spared=resumes is not None or about.role != "search",
+            suspect=deaths >= SUSPECT,
         )
         self.display.trial(trial.number, entry.record.config, progress.step, entry.note)
         if progress.step == self.study.training.steps:  # all but the outcome was recorded
             self._end(live, "complete")
         elif entry.refusal:
             self._end(live, *entry.refusal)
+        elif deaths >= POISON:
+            self._end(live, "crashed", f"{deaths} workers died in this trial, at step {progress.step}; see their logs")
 
     # ---------------------------------------------------------------- a round
 
@@ -197,7 +252,8 @@ class Scheduler:
         waiting = [live for live in self.live.values() if live.step < live.goal and not live.busy]
         if not waiting:
             return []
-        passes = self.shop.passes([self._job(live) for live in waiting])
+        passes = [[self._job(live)] for live in waiting if live.suspect]
+        passes += self.shop.passes([self._job(live) for live in waiting if not live.suspect])
         if self.planner:
             passes = [own for jobs in passes for own in self.planner.fitting(jobs)]
 
@@ -212,6 +268,7 @@ class Scheduler:
 
     def _prune(self) -> None:
         """Losers leave. All are judged before the first one does."""
+        self._check_mine(list(self.live))
         if self.study.objective.several:  # Optuna's pruners know one
             return
         racing = [live for live in self.live.values() if not live.spared]
@@ -249,9 +306,14 @@ class Scheduler:
         self.shop.bench.packing.observe(reports)
         if self.planner:
             self.planner.note(reports, [self.live[report.trial].record.config for report in reports])
+        self._check_mine([report.trial for report in reports])
         for report in reports:
+            if report.trial not in self.live:
+                continue
             live = self.live[report.trial]
             at_end = report.step == self.study.training.steps
+            if not report.error and not at_end:
+                self.checkpoints.share(live.number, report.step, live.record.run)
             live.record.stint(report, live.losses, self.checkpoints.results(live.number) if at_end else None)
             live.losses.clear()
             live.busy = False
@@ -260,24 +322,38 @@ class Scheduler:
                 continue
             self.display.evaluated(live.number, live.step, report.metrics)
             if too_slow := live.record.too_slow:
-                self._end(live, "infeasible", too_slow)
+                self._end(live, "timed_out", too_slow)
                 continue
             if at_end:
                 self._end(live, "complete")
                 continue
             self.checkpoints.keep_only(live.number, live.step)
+            self.checkpoints.discard(live.number, live.record.run, live.step)
             seconds = report.costs.get("seconds/train", 0.0) / report.made
             self._pace |= {live.number: seconds, live.record.config.label: seconds}
 
     # ---------------------------------------------------------------- who leaves
 
+    def _check_mine(self, numbers: Sequence[int]) -> None:
+        """Leave alone what others took, since this process stood still for long and was thought dead."""
+        for number in numbers:
+            trial = self.live[number].record.trial
+            if not self.fleet.owns(trial):
+                self.display.lost(number)
+                self.fleet.forget(trial)
+                del self.live[number]
+
     def _end(self, live: Live, how: Outcome, message: str = "", trace: str = "") -> None:
         """A trial ends with an outcome. Of pruned ones the checkpoint stays, so that they can be taken up again."""
         record = live.record
+        self.checkpoints.discard(live.number, record.run)
         record.end(how, message, trace)
+        self.fleet.forget(record.trial)
         self.checkpoints.keep_only(live.number, live.step if how == "pruned" else None)
         self.display.finished(live.number, how, message, record.objective, record.progress.seconds)
         del self.live[live.number]
+        if self.failures:
+            self.failures.check()
 
 
 def check_pruned(study: Study, home: Path, known: optuna.Study | None, number: int) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 from optuna.exceptions import StorageInternalError
 
-from workbench.errors import StorageError, TrialFailed
+from workbench.errors import StorageError, TimedOut, TrialFailed
 from workbench.tracking.runs import Outcome
 from workbench.training.adapted import ADAPTER, adapted, count, save_results
 from workbench.training.loop import train
@@ -19,7 +18,9 @@ from workbench.training.memory import Meter, release
 from . import draw
 from .budget import Clock
 from .display import Display
-from .entry import enter
+from .entry import Settled, enter, settle
+from .failures import Failures
+from .fleet import Fleet
 from .interrupt import Interrupt
 from .planning import Planner
 from .record import INTERRUPTED, Books, Progress, outcome
@@ -28,29 +29,51 @@ from .workshop import Workshop, as_failure
 
 
 def run(
-    books: Books, shop: Workshop, clock: Clock, display: Display, interrupt: Interrupt, planner: Planner | None
+    books: Books,
+    shop: Workshop,
+    clock: Clock,
+    display: Display,
+    interrupt: Interrupt,
+    fleet: Fleet,
+    planner: Planner | None,
+    failures: Failures | None,
 ) -> None:
     """Train until the budget is spent."""
-    for trial in trials(books, clock, planner):
+
+    def settled() -> Settled | None:
+        trial = following(books, clock, fleet)
+        if trial is None:
+            return None
+        fleet.claim(trial)
+        return settle(trial, books, shop, planner)
+
+    while trial := fleet.in_turn(settled):
         interrupt.check()
-        run_trial(trial, books, shop, display, interrupt, planner)
+        try:
+            run_trial(trial, books, shop, display, interrupt, planner)
+        except KeyboardInterrupt:
+            fleet.release(trial.trial)
+            raise
+        fleet.forget(trial.trial)
         clock.save()
-
-
-def trials(books: Books, clock: Clock, planner: Planner | None) -> Iterator[optuna.Trial]:
-    """Trials until the budget is spent: first those that a dead process left running, then new ones, then finalists."""
-    study, optuna_study = books.study, books.optuna_study
-    yield from draw.cut_off(study, optuna_study)
-    while trial := draw.searched(study, optuna_study, clock.seconds):
-        yield trial
         if planner and (hopeless := planner.hopeless):
             raise hopeless
-    while trial := draw.finalist(study, optuna_study):
-        yield trial
+        if failures:
+            failures.check()
+
+
+def following(books: Books, clock: Clock, fleet: Fleet) -> optuna.Trial | None:
+    """The next trial until the budget is spent: first those that were left, then new ones, then finalists."""
+    study, optuna_study = books.study, books.optuna_study
+    return (
+        draw.left(study, optuna_study, fleet)
+        or draw.searched(study, optuna_study, clock.seconds)
+        or draw.finalist(study, optuna_study)
+    )
 
 
 def run_trial(
-    trial: optuna.Trial,
+    settled: Settled,
     books: Books,
     shop: Workshop,
     display: Display,
@@ -58,7 +81,7 @@ def run_trial(
     planner: Planner | None,
 ) -> None:
     """One trial, from its parameters to a typed outcome. Only Ctrl-C and broken stores come out as exceptions."""
-    entry = enter(trial, books, shop, planner, Progress())
+    trial, entry = settled.trial, enter(settled, books, planner, Progress())
     record, config, seeds = entry.record, entry.record.config, entry.seeds
     settings = shop.settings(config)
     display.trial(trial.number, config, note=entry.note)
@@ -72,8 +95,11 @@ def run_trial(
         display.step(trial.number, step, loss)
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
+        record.progress.costs = dict(meter.metrics)
         record.evaluated(step, metrics)
         display.evaluated(trial.number, step, metrics)
+        if record.too_slow:
+            raise TimedOut(record.too_slow)
         if prunes and step < settings.steps and trial.should_prune():
             raise optuna.TrialPruned(f"worse than others at step {step}")
 
@@ -118,8 +144,6 @@ def run_trial(
         failure = as_failure(error)
         ending = (outcome(failure), str(failure), traceback.format_exc() if isinstance(failure, TrialFailed) else "")
     release(shop.base.device)
-    record.progress.add(meter.metrics)
-    if ending[0] == "complete" and record.too_slow:
-        ending = ("infeasible", record.too_slow, "")
+    record.progress.costs = dict(meter.metrics)
     record.end(*ending)
     display.finished(trial.number, *ending[:2], record.objective, record.progress.seconds)

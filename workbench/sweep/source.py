@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from workbench.errors import Problem
+from workbench.tracking.runs import public_url
 
 Loc = tuple[str | int, ...]
 Position = tuple[int, int]
@@ -20,6 +22,8 @@ Position = tuple[int, int]
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + kind for kind in ("str", "timestamp", "merge", "value")}  # the last three are not in YAML 1.2's core
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float")}
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 2**22, 100_000, 50  # of a file; an alias counts as all that it stands for
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what stores cannot hold
 
 
 @dataclass
@@ -51,10 +55,20 @@ class Source:
             self._report(position, message, hint)
 
     def _report(self, position: Position, message: str, hint: str = "") -> None:
-        self.problems.append(Problem(self.file, *position, message, hint))
+        self.problems.append(Problem(self.file, *position, public_url(message), hint))
+
+    def _report_secrets(self) -> None:
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if public_url(line) != line:
+                hint = "every run has a copy of this file; logins belong into the environment, such as HF_TOKEN"
+                self._report((number, 1), "a URL with a password or a token in it", hint)
 
     def _plain(self, node: Node, loc: Loc) -> Any:
         self._values[loc] = _position(node.start_mark)
+        if len(loc) > _MAX_DEPTH:
+            raise RecursionError
+        if len(self._values) > _MAX_VALUES:
+            raise ValueError(f"it holds more than {_MAX_VALUES:,} values, what its aliases stand for among them")
         if isinstance(node, MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, loc)
         if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
@@ -79,13 +93,18 @@ class Source:
         return values
 
     def _scalar(self, node: Node) -> Any:
-        if node.tag in _TEXT:
-            return node.value
-        if node.tag in _SCALARS:
+        if node.tag in _TEXT and isinstance(node, ScalarNode):
+            if not _UNFIT.search(node.value):
+                return node.value
+            message = "a text with a control character, or half of one in two parts"
+        elif node.tag in _SCALARS and isinstance(node, ScalarNode):
             try:
-                return YAML(typ="safe", pure=True).constructor.construct_object(node)
-            except (YAMLError, ValueError, LookupError):
-                message = f"{node.value!r} is not a valid {node.tag.removeprefix(_TAG)}"
+                value = YAML(typ="safe", pure=True).constructor.construct_object(node)
+                if not isinstance(value, int) or abs(value) < 2**63:
+                    return value
+                message = "a whole number of more than 64 bits"
+            except (YAMLError, ValueError, LookupError, ArithmeticError):
+                message = f"{node.value[:100]!r} is not a valid {node.tag.removeprefix(_TAG)}"
         else:
             message = f"the YAML tag {node.tag} is not supported"
         self._report(_position(node.start_mark), message)
@@ -104,7 +123,10 @@ def read(path: str | Path, text: str | None = None) -> Source:
     source = Source(str(path))
     try:
         content = Path(path).read_bytes() if text is None else text.encode()
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
         source.text = content.decode()
+        source._report_secrets()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML allows it
             # not `load`: only the node tree has the position of every value and all duplicate keys

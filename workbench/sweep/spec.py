@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,9 @@ _PATHS = (
     ("data", "test"),
 )
 _DATA_FILES = (".csv", ".json", ".jsonl", ".parquet")
+NAME, LONGEST_NAME = "[A-Za-z0-9_-][A-Za-z0-9._-]*", 100  # of a study: it becomes that of files and folders
 _MAX_COMBINATIONS = 256
+_MAX_STEPS, _MAX_ROWS, _MAX_EVALUATIONS, _MAX_LABEL = 10**9, 10**6, 10**5, 100
 
 
 Cost = Literal["trainable_params", "memory", "adapter_bytes", "seconds"]
@@ -162,8 +165,8 @@ class StudyFile(Section):
     """The keys of a study file, as written; `methods` is checked by `load_study`."""
 
     study: str = Field(
-        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$",
-        max_length=100,
+        pattern=f"^{NAME}$",
+        max_length=LONGEST_NAME,
         description="The study's name: letters, digits and . _ - only, not starting with a dot.",
     )
     model: ModelSection
@@ -297,6 +300,7 @@ def load_study(path: str | Path, text: str | None = None) -> Study:
     methods = _methods(source, task)
     _check_search(source, methods)
     _check_match(source, methods)
+    _check_training(source)
     if source.problems or file is None:
         raise StudyError(source.problems)
     study = Study(
@@ -424,8 +428,9 @@ def _methods(source: Source, task: str | None) -> dict[str, MethodSpec]:
         loc: Loc = ("methods", label)
         if not isinstance(label, str):
             continue  # found by pydantic
-        if not label.isascii() or not label.replace("_", "").replace("-", "").isalnum():
-            source.report(loc, f"{label!r} cannot be a label", "letters, digits, _ and - only", at_key=True)
+        if not re.fullmatch(f"[A-Za-z0-9_-]{{1,{_MAX_LABEL}}}", label):
+            hint = f"letters, digits, _ and - only, at most {_MAX_LABEL}"
+            source.report(loc, f"{label[:_MAX_LABEL]!r} cannot be a label", hint, at_key=True)
         elif entry is not None and not isinstance(entry, dict):
             source.report(loc, f"{label} should be a mapping of hyperparameters, not {entry!r}")
         elif spec := _method(source, label, entry or {}, task):
@@ -565,6 +570,18 @@ def _check_match(source: Source, methods: dict[str, MethodSpec]) -> None:
             source.report(
                 ("methods", label, knob), f"{knob} is solved for, as match.trainable_params is given", "leave it out"
             )
+
+
+def _check_training(source: Source) -> None:
+    """Refuse numbers with which a sweep would only fill the memory."""
+    training = _section(source, "training")
+    limits = {"steps": _MAX_STEPS, "batch_size": _MAX_ROWS, "eval_batch_size": _MAX_ROWS}
+    for key, limit in limits.items():
+        if isinstance(value := training.get(key), int) and value > limit:
+            source.report(("training", key), f"{key} must be at most {limit:,}, not {value:,}")
+    steps, every = training.get("steps"), training.get("eval_every")
+    if isinstance(steps, int) and isinstance(every, int) and every > 0 and steps // every > _MAX_EVALUATIONS:
+        source.report(("training", "eval_every"), f"there would be more than {_MAX_EVALUATIONS:,} evaluations")
 
 
 def _check_options(source: Source, study: Study) -> None:

@@ -15,9 +15,11 @@ class Stores:
         optuna: URL of Optuna's storage.
         tracking: MLflow's tracking URI.
         artifacts: root of new experiments' artifacts; None leaves it to the tracking server.
+        heartbeat: seconds between two signs of life of a trial. All workers of a study should have the same.
     """
 
     home: Path
     optuna: str
     tracking: str
     artifacts: str | None
+    heartbeat: int

@@ -227,9 +227,8 @@ class Workshop:
 
 def prepare(job: Job) -> None:
     """Let the job's checkpoint be what it goes on from."""
-    if job.begin is None:
-        job.end.unlink(missing_ok=True)
-    else:
+    job.end.unlink(missing_ok=True)  # through a link it would be written elsewhere
+    if job.begin is not None:
         shutil.copyfile(job.begin, job.end)
 
 

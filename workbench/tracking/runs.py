@@ -7,6 +7,7 @@ takes seconds and most commands do not need it.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench import __version__
-from workbench.errors import StorageError
+from workbench.errors import StorageAway, StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,18 +39,29 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-Outcome = Literal["complete", "pruned", "diverged", "out_of_memory", "infeasible", "duplicate", "failed", "interrupted"]
+Outcome = Literal[
+    "complete",
+    "pruned",
+    "out_of_memory",
+    "diverged",
+    "infeasible",
+    "timed_out",
+    "crashed",
+    "duplicate",
+    "interrupted",
+]
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 
 STATUS: dict[Outcome, Status] = {
     "complete": "FINISHED",
     "pruned": "KILLED",
-    "interrupted": "KILLED",
-    "infeasible": "KILLED",
-    "duplicate": "KILLED",
-    "diverged": "FAILED",
     "out_of_memory": "FAILED",
-    "failed": "FAILED",
+    "diverged": "FAILED",
+    "infeasible": "KILLED",
+    "timed_out": "KILLED",
+    "crashed": "FAILED",
+    "duplicate": "KILLED",
+    "interrupted": "KILLED",
 }
 
 REFERENCE = "workbench.reference"  # tag of a study of imported results: where they are from
@@ -112,9 +125,14 @@ def sqlite_file(url: str) -> Path | None:
     return Path(path) if prefix.startswith("sqlite") and path else None
 
 
-def public_url(url: str) -> str:
-    """The URL with its password, if it has one, replaced by `***`."""
-    return re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
+def public_url(text: str) -> str:
+    """A URL, or a text with URLs in it, with every password and token replaced by `***`: what stands before an `@`, and
+    the values of queries such as `?password=`."""
+    text = re.sub(r"(?<=://)([^:/@\s]*):\S*@", r"\1:***@", text)
+    text = re.sub(r"(?<=://)[^:/@?#\s]+@", "***@", text)
+    return re.sub(
+        r"([?&][^=&\s]*(?:pass|pwd|token|secret|key|credential|signature)[^=&\s]*=)[^&#\s]*", r"\1***", text, flags=re.I
+    )
 
 
 @contextmanager
@@ -126,7 +144,7 @@ def storage_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = public_url(str(error).strip().split("\n")[0])
         raise StorageError(f"The tracking store {public_url(uri)} cannot be used: {reason}") from error
 
 
@@ -177,6 +195,10 @@ class Tracking:
             for file, text in artifacts.items():
                 self.client.log_text(run.info.run_id, text, file)
             return StudyRun(self.client, run.info.run_id, experiment_id, name)
+
+    def run(self, run_id: str) -> Run:
+        """A run that somebody made."""
+        return Run(self.client, run_id)
 
     def log_dataset(self, run: Run, name: str, source: str, digest: str, context: str = "training") -> None:
         """Note the data a run used, as an MLflow dataset input.
@@ -243,6 +265,23 @@ class Run:
         with storage_errors(self._client.tracking_uri):
             self._client.log_artifacts(self.run_id, str(folder), path)
 
+    def artifact(self, file: Path, path: str) -> None:
+        """Copy a file to the run's artifacts, under `path`."""
+        with storage_errors(self._client.tracking_uri):
+            self._client.log_artifact(self.run_id, str(file), path)
+
+    def discard(self, path: str, keep: str | None = None) -> None:
+        """Delete the artifacts in the folder `path`, but for the one of this name."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        with storage_errors(self._client.tracking_uri):
+            surplus = [file.path for file in self._client.list_artifacts(self.run_id, path)]
+            if surplus := [file for file in surplus if file != f"{path}/{keep}"]:
+                uri = self._client.get_run(self.run_id).info.artifact_uri
+                repository = get_artifact_repository(uri, self._client.tracking_uri)
+                for file in surplus:
+                    repository.delete_artifacts(file)
+
     def download(self, path: str, folder: Path) -> None:
         """Copy the run's artifacts under `path` into a folder, where they lie under `path` too."""
         with storage_errors(self._client.tracking_uri):
@@ -303,6 +342,15 @@ class StudyRun(Run):
                 run._recorded[key] = max(metric.step for metric in self._client.get_metric_history(run_id, key))
         return run
 
+    def drop_strays(self, known: set[str]) -> None:
+        """Delete (MLflow sets them aside) the runs of trials that are not among these: a server that was restarted just
+        after it made a run was asked for it twice."""
+        tags = {"mlflow.parentRunId": self.run_id, "workbench.study": self.name}
+        with storage_errors(self._client.tracking_uri):
+            for run in _find_runs(self._client, self._experiment_id, tags):
+                if "workbench.trial" in run.data.tags and run.info.run_id not in known:
+                    self._client.delete_run(run.info.run_id)
+
     def end(self, status: Status) -> None:
         """Close the parent run."""
         self._close(status, {})
@@ -355,7 +403,13 @@ def environment() -> dict[str, str]:
 def _find_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[StoredRun]:
     """The runs that carry all these tags, oldest first."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    return list(client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"]))
+    found: list[StoredRun] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"], page_token=token)
+        found += page
+        if not (token := page.token):
+            return found
 
 
 def _describe(client: MlflowClient, run: StoredRun, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -385,6 +439,8 @@ def _clean(key: str) -> str:
 
 
 def _artifact_location(root: str | None, name: str) -> str | None:
+    if not re.fullmatch(r"[\w-][\w. -]{0,99}", name):  # it becomes a folder's
+        raise StorageError(f"{name[:100]!r} cannot be a study's name: letters, digits and . _ - only, at most 100.")
     if root is None:
         return None
     return f"{root.rstrip('/')}/{name}" if "://" in root else (Path(root).resolve() / name).as_uri()
@@ -400,12 +456,15 @@ def _make_folder(folder: Path) -> None:
 def _check_server(uri: str) -> None:
     """MLflow's own client retries an absent server for minutes; ask once before it does."""
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
+        place = urllib.parse.urlsplit(uri)
+        plain = place._replace(netloc=place.netloc.rpartition("@")[2])  # urllib takes a password for a part of the name
+        urllib.request.urlopen(f"{plain.geturl().rstrip('/')}/health", timeout=SERVER_SECONDS).close()
     except urllib.error.HTTPError:
         pass  # it answers; whether it lets us in is for MLflow to find out
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"No tracking server answers at {public_url(uri)} ({error}); start it, or leave out the tracking URI."
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise StorageAway(
+            f"No tracking server answers at {public_url(uri)} ({public_url(str(error))}); start it, or leave out the "
+            "tracking URI."
         ) from error
 
 

@@ -1,0 +1,139 @@
+"""The workers of a study: which trial is whose, and which of them are alive."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from .budget import PROGRESS
+from .storage import ConnectionLost, Storage, locks
+
+WORKER = "worker"  # attribute of a trial: who works on it; "" or none: nobody
+TAKEN = "taken"  # attribute of a trial that others began: {"step": where it was, "times": how often it was taken there}
+
+T = TypeVar("T")
+
+
+class Fleet:
+    """This process as one of the workers of a study.
+
+    A running trial belongs to one worker. It is left if that worker died: where both have the same home, its lock is
+    free then, at once; elsewhere no sign of life comes from the trial any more.
+
+    Args:
+        home: the folder of the study's files. Workers that share it know of each other's end at once.
+
+        shared: whether others are expected to join.
+
+    Attributes:
+        name: of this worker: host and a number of its own.
+    """
+
+    def __init__(self, study: optuna.Study, storage: Storage, home: Path, shared: bool):
+        self._study, self._storage, self.shared = study, storage, shared
+        self.name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._locks = locks(home, study.study_name)
+        self._dead: set[str] = set()
+        self._trials: set[int] = set()  # Optuna's ids of those that are this worker's
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Be one of the workers, and give signs of life of one's trials."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        left = threading.Event()
+        heart = threading.Thread(target=self._beat, args=(left,), daemon=True)
+        with filelock.FileLock(self._locks / f"{self.name}.lock"):
+            heart.start()
+            try:
+                yield
+            finally:
+                left.set()
+                heart.join()
+
+    def in_turn(self, do: Callable[[], T]) -> T:
+        """Do something while no other worker of the study does; see `Storage.in_turn`."""
+        return self._storage.in_turn(self._study.study_name, do)
+
+    # ---------------------------------------------------------------- trials
+
+    def left(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """The running ones that nobody works on. To be asked, and acted on, in turn."""
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        owners = {owner for trial in running if (owner := trial.user_attrs.get(WORKER))} - {self.name}
+        silent = set(self._storage._get_stale_trial_ids(self._study._study_id)) if owners else set()
+        return [trial for trial in running if self._is_left(trial, silent)]
+
+    def claim(self, trial: optuna.Trial) -> None:
+        """Take a trial. Of one that somebody else began it is noted how often that happened at the same step."""
+        before, step = trial.user_attrs.get(WORKER), trial.user_attrs.get(PROGRESS, {}).get("step", 0)
+        if before not in (None, "", self.name):
+            known = trial.user_attrs.get(TAKEN, {})
+            times = known.get("times", 0) if known.get("step") == step else 0
+            trial.set_user_attr(TAKEN, {"step": step, "times": times + 1})
+        trial.set_user_attr(WORKER, self.name)
+        self._storage.record_heartbeat(trial._trial_id)
+        self._trials.add(trial._trial_id)
+
+    def release(self, trial: optuna.Trial) -> None:
+        """Leave a trial to whoever wants it."""
+        if self.owns(trial):
+            trial.set_user_attr(WORKER, "")
+        self._trials.discard(trial._trial_id)
+
+    def forget(self, trial: optuna.Trial) -> None:
+        """No longer give signs of life of a trial: it has ended, or is somebody else's."""
+        self._trials.discard(trial._trial_id)
+
+    def owns(self, trial: optuna.Trial) -> bool:
+        """Whether the trial is still this worker's: others took it if this process stood still for long."""
+        return self._storage.get_trial_user_attrs(trial._trial_id).get(WORKER) == self.name
+
+    def others(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Whether somebody else works on some of these."""
+        running = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
+        own = {trial.number for trial in trials if trial.user_attrs.get(WORKER) == self.name}
+        return bool(running - own - {trial.number for trial in self.left(trials)})
+
+    def tidy(self) -> None:
+        """Delete what workers left behind, when the study is over."""
+        shutil.rmtree(self._locks, ignore_errors=True)
+
+    # ---------------------------------------------------------------- who lives
+
+    def _is_left(self, trial: FrozenTrial, silent: set[int]) -> bool:
+        owner = trial.user_attrs.get(WORKER)
+        if not owner:
+            return True
+        if owner == self.name:
+            return trial._trial_id not in self._trials  # the reply to a first try to take it was lost
+        if owner in self._dead:
+            return True
+        lock = self._locks / f"{owner}.lock"
+        if not lock.exists():  # its home is another one
+            return trial._trial_id in silent
+        try:
+            with filelock.FileLock(lock, timeout=0):
+                self._dead.add(owner)
+        except filelock.Timeout:
+            return False
+        return True
+
+    def _beat(self, left: threading.Event) -> None:
+        while True:
+            for trial_id in list(self._trials):
+                try:
+                    self._storage.record_heartbeat(trial_id)
+                except ConnectionLost:
+                    break  # it is tried again
+            if left.wait(self._storage.heartbeat_interval):
+                return
