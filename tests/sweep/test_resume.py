@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -15,11 +16,13 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
+from safetensors.torch import load_file
 
 from workbench.sweep import entry, workshop
 from workbench.sweep.checkpoints import Checkpoints
 from workbench.sweep.record import Record
 from workbench.sweep.scheduler import Scheduler
+from workbench.training import adapted, trainee
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,3 +164,32 @@ def test_ctrl_c_before_the_first_trial_leaves_nothing_to_mend(lab, undisturbed, 
         assert lab.write().sweep().code == 130
     assert "study tiny: 3 trials" in lab.sweep().out
     check_complete(lab, undisturbed)
+
+
+@pytest.mark.parametrize("words", [["--workers=1"], ["--workers=2"], ["--solo"]], ids=" ".join)
+def test_a_disk_that_is_full(lab, undisturbed, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Half of a checkpoint is written, or half of an adapter: the one before still loads, and the study goes on."""
+    module, write = (adapted, "write_table") if words == ["--solo"] else (trainee, "save_file")
+    calls = []
+
+    def full(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            file = Path(args[1])
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return whole(*args)
+
+    whole = getattr(module, write)
+    monkeypatch.setattr(module, write, full)
+    done = lab.write().sweep(*words)
+    assert done.code == 2
+    assert done.err.startswith("error: The disk is full ([Errno 28] No space left on device: ")
+    assert done.err.endswith("Make room; the same command goes on from here.\n")
+    assert len(done.err.splitlines()) == 1
+    assert all(load_file(file) for file in lab.home.glob("checkpoints/*/*.safetensors"))
+    assert lab.parent.info.status == "FAILED"
+    monkeypatch.undo()
+    assert lab.sweep(*words).code == 0
+    check_complete(lab, undisturbed)
+    assert [file for file in lab.home.glob("checkpoints/*/*") if file.is_file()] == []

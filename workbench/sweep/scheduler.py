@@ -308,6 +308,8 @@ class Scheduler:
             self.planner.note(reports, [self.live[report.trial].record.config for report in reports])
         self._check_mine([report.trial for report in reports])
         for report in reports:
+            if isinstance(report.error, StorageError):
+                raise report.error
             if report.trial not in self.live:
                 continue
             live = self.live[report.trial]

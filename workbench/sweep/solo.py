@@ -142,6 +142,8 @@ def run_trial(
         raise
     except Exception as error:  # a bug in a method or in this program ends one trial, not a night's sweep
         failure = as_failure(error)
+        if isinstance(failure, StorageError):
+            raise failure from error
         ending = (outcome(failure), str(failure), traceback.format_exc() if isinstance(failure, TrialFailed) else "")
     release(shop.base.device)
     record.progress.costs = dict(meter.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from workbench.adapters import PeftConfig
-from workbench.errors import AdapterError, DataError, TrialError, TrialFailed, WorkbenchError
+from workbench.errors import AdapterError, DataError, StorageError, TrialError, TrialFailed, WorkbenchError
 from workbench.training.adapted import ADAPTER
 from workbench.training.base import Base, load_base
 from workbench.training.bench import Bench, OnStep, Report, Stint
@@ -233,7 +234,16 @@ def prepare(job: Job) -> None:
 
 
 def as_failure(error: Exception) -> WorkbenchError:
-    """Any exception of a trial as one that says what became of it, and that can be sent to another process."""
-    if isinstance(error, AdapterError | DataError | TrialError):
+    """Any exception of a trial as one that says what became of it, and that can be sent to another process. A
+    `StorageError` is not the trial's own: no other could be trained either."""
+    if isinstance(error, AdapterError | DataError | TrialError | StorageError):
         return error
+    if says_no_space(error):
+        return StorageError(f"The disk is full ({error}). Make room; the same command goes on from here.")
     return out_of_memory(error) if says_no_memory(error) else TrialFailed(f"{type(error).__name__}: {error}")
+
+
+def says_no_space(error: Exception) -> bool:
+    """Whether a file could not be written since the disk is full, or one's share of it."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
