@@ -1,10 +1,12 @@
-"""Ctrl-C that is never lost."""
+"""Ctrl-C that is never lost; SIGTERM, by which containers and clusters stop a process, is taken for one."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
@@ -20,14 +22,15 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self._main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
         if self._main:
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._before = [signal.signal(number, self._handle) for number in SIGNALS]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._main:
-            signal.signal(signal.SIGINT, self._before)
+            for number, handler in zip(SIGNALS, self._before, strict=True):
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

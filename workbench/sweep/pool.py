@@ -196,6 +196,7 @@ class Worker:
 def serve(shop: Workshop, connection: Connection, parent: int) -> None:
     """A worker's life. A message is `(steps, reports, shared costs)`; reports are None as long as the pass goes on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent stops its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would hear what an orphan has to say
     if os.getppid() != parent:
         return
