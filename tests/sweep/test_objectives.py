@@ -56,7 +56,7 @@ def test_a_trial_that_takes_too_long_ends(lab: Any, how: tuple[str, ...]) -> Non
     assert done.code == 1
     assert set(ended(lab).values()) == {"timed_out"}
     assert "5 trials: 5 timed out" in done.out
-    assert "of 1e-06 seconds" in done.out
+    assert "the 1e-06 seconds that it had are over" in done.out
     assert all(trial.constraints["seconds"] > 0 for trial in lab.study.get_trials())
     lab.name = "slow"
     lab.write(RANKS, "{trials: 5}", more=GRID + "constraints: {seconds: 1e6}\n")

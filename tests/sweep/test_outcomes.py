@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from workbench.adapters.methods.ia3 import IA3
 from workbench.sweep.display import Display
+from workbench.sweep.record import Progress
 from workbench.tracking.outcomes import tally
 
 LARGE = 3000
@@ -112,18 +113,31 @@ def test_the_traceback_of_a_method_that_crashes(lab: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("how", ["--workers=1", "--solo"])
-def test_a_trial_that_is_too_slow_ends_at_its_first_evaluation(lab: Any, how: str) -> None:
+def test_a_trial_that_is_too_slow_ends_at_its_first_step(lab: Any, how: str) -> None:
     lab.write(RANKS.format(ranks=[1, 2]), "{trials: 2}", more=ALL + "constraints: {seconds: 1e-6}\n")
     done = lab.sweep(how)
     assert "2 trials: 2 timed out" in done.out
     assert "lora: timed out, " in done.out
     for run, trial in zip(lab.trials, lab.study.trials, strict=True):
         assert (run.data.tags["workbench.outcome"], run.info.status) == ("timed_out", "KILLED")
-        assert [*lab.curve(run, "train.loss")] == [1, 2, 3, 4, 5]
-        assert [*lab.curve(run, "validation.loss")] == [5]
+        assert run.data.tags["workbench.message"] == "step 1: the 1e-06 seconds that it had are over"
+        assert [*lab.curve(run, "train.loss")] == [1]
+        assert not [metric for metric in run.data.metrics if metric.startswith("validation.")]
         assert run.data.metrics["seconds/total"] > 0
         assert trial.state == TrialState.PRUNED, "Optuna's samplers learn from constraints of these"
         assert trial.constraints["seconds"] == pytest.approx(run.data.metrics["seconds/total"] / 1e-6 - 1)
+
+
+@pytest.mark.parametrize("how", ["--workers=1", "--solo"])
+def test_a_trial_whose_evaluations_take_its_time_ends_after_one(
+    lab: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress, "seconds", property(lambda self: 1000.0 if self.metrics else 0.0))
+    lab.write(RANKS.format(ranks=[1]), "{trials: 1}", more=ALL + "constraints: {seconds: 900}\n")
+    assert "it took 1000.0 of 900 seconds" in lab.sweep(how).out
+    (run,) = lab.trials
+    assert run.data.tags["workbench.outcome"] == "timed_out"
+    assert [*lab.curve(run, "validation.loss")] == [5]
 
 
 # -------------------------------------------------------------------- the summary

@@ -6,11 +6,9 @@ its trials in Optuna's storage. A worker that is lost costs time but nothing els
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -22,11 +20,13 @@ import torch
 from optuna.trial import FrozenTrial
 
 from workbench.errors import StorageError, WorkbenchError
+from workbench.tracking.runs import open_tracking
 
 from . import draw
 from .budget import SECONDS
 from .display import Display
-from .pool import PR_SET_PDEATHSIG
+from .interrupt import Interrupt
+from .launch_worker import MISTAKE, POLL_SECONDS, last_words, start, stop
 from .run import file_errors, only_one, stored_study
 from .spec import Study
 from .storage import open_storage, patiently
@@ -34,19 +34,17 @@ from .stores import Stores
 
 Name = Literal["processes", "ray", "slurm"]
 
-POLL_SECONDS = 1.0
-STOP_SECONDS = 60.0  # how long a worker that was asked to stop may take to give its trials back
 RESTARTS = 10  # of a worker, without a trial that ended between them
-MISTAKE = 2  # exit code of a worker that cannot work here: what it says is for the user
 
 
 class Launcher(Protocol):
     """Places workers."""
 
-    def place(self, command: Sequence[str], environment: Mapping[str, str], count: int) -> None:
+    def place(self, words: Sequence[str], environment: Mapping[str, str], count: int) -> None:
         """Start workers.
 
         Args:
+            words: arguments of `workbench worker`.
             environment: variables beside those of this process. It holds the stores' URLs, perhaps with passwords.
         """
         ...
@@ -83,8 +81,9 @@ def launched(
         WorkbenchError: the workers cannot work, and why.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with only_one(stores.home, study.name), file_errors(stores.home), ExitStack() as stack:
-        open_storage(stores, study.name)  # makes its tables, once
+    with only_one(stores.home, study.name), file_errors(stores.home), Interrupt() as interrupt, ExitStack() as stack:
+        open_storage(stores, study.name)  # these make their tables, once
+        open_tracking(stores.tracking, stores.artifacts)
         known = stored_study(study, stores)
         trials = known.get_trials(deepcopy=False) if known else []
         if known and draw.is_over(study, trials, known.user_attrs.get(SECONDS, 0.0)):
@@ -92,12 +91,12 @@ def launched(
             return trials
         display.begin(trials, [f"{workers} workers; what they say is in {logs(stores.home, study.name)}"])
         started, told = time.monotonic(), {trial.number for trial in trials if trial.state.is_finished()}
-        command = [sys.executable, "-m", "workbench", "worker", str(study.path.resolve()), *words]
         stack.callback(launcher.stop)
-        launcher.place(command, environment(stores), workers)
+        launcher.place([str(study.path.resolve()), *words], environment(stores), workers)
         progressed = True
         while launcher.working(progressed):
             time.sleep(POLL_SECONDS)
+            interrupt.check()
             known = known or patiently(lambda: stored_study(study, stores))
             ended = [t for t in (known.get_trials(deepcopy=False) if known else []) if t.state.is_finished()]
             for trial in (new := [trial for trial in ended if trial.number not in told]):
@@ -122,7 +121,6 @@ def environment(stores: Stores) -> dict[str, str]:
         "WORKBENCH_HOME": str(stores.home),
         "WORKBENCH_STORAGE": stores.optuna,
         "WORKBENCH_HEARTBEAT": str(stores.heartbeat),
-        "WORKBENCH_COMMAND": "workbench",
     }
     return found if stores.artifacts else found | {"MLFLOW_TRACKING_URI": stores.tracking}
 
@@ -142,7 +140,7 @@ def launcher(name: Name, folder: Path, resources: Mapping[str, str]) -> Launcher
     Raises:
         WorkbenchError: its package is not installed, or it takes no such resources.
     """
-    values = {key: int(value) if value.isdecimal() else value for key, value in resources.items()}
+    values = {key: parsed(value) for key, value in resources.items()}
     if name == "processes":
         if values:
             raise WorkbenchError(f"--resource {next(iter(values))}: only for --launcher ray and --launcher slurm.")
@@ -151,7 +149,7 @@ def launcher(name: Name, folder: Path, resources: Mapping[str, str]) -> Launcher
         if name == "ray":
             from .launch_ray import Ray
 
-            return Ray(values)
+            return Ray(folder, values)
         from .launch_slurm import Slurm
 
         return Slurm(folder, values)
@@ -161,10 +159,18 @@ def launcher(name: Name, folder: Path, resources: Mapping[str, str]) -> Launcher
         ) from error
 
 
+def parsed(value: str) -> Any:
+    """A number, truth value, list or mapping, as in JSON; else the word as it is."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def gpus() -> list[str]:
     """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
 
 
 class Processes:
@@ -176,77 +182,44 @@ class Processes:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._workers: list[subprocess.Popen[bytes] | None] = []
-        self._restarts: list[int] = []
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
 
-    def place(self, command: Sequence[str], environment: Mapping[str, str], count: int) -> None:
+    def place(self, words: Sequence[str], environment: Mapping[str, str], count: int) -> None:
         """See `Launcher`."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._command, self._devices = [*command, "--workers", "1"], gpus()
+        self._words, self._devices = [*words, "--workers", "1"], gpus()
         threads = max(1, len(os.sched_getaffinity(0)) // count)
-        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **environment}
-        self._restarts = [0] * count
-        self._workers = [self._start(index) for index in range(count)]
+        self._environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **environment}
+        self._restarts = dict.fromkeys(range(count), 0)
+        for index in range(count):
+            self._start(index)
 
     def working(self, progressed: bool) -> int:
         """See `Launcher`."""
-        for index, worker in enumerate(self._workers):
-            if progressed:
-                self._restarts[index] = 0
-            code = worker.poll() if worker else 0
+        if progressed:
+            self._restarts = dict.fromkeys(self._restarts, 0)
+        for index, worker in list(self._workers.items()):
+            code = worker.poll()
             if code == 0:
-                self._workers[index] = None
+                del self._workers[index]
             elif code == MISTAKE:
-                raise WorkbenchError(self._last_words(index))
+                raise WorkbenchError(last_words(self._log(index)))
             elif code is not None:
-                self._restarts[index] += 1
-                if self._restarts[index] > RESTARTS:
+                if self._restarts[index] == RESTARTS:
                     raise WorkbenchError(
-                        f"Worker {index} ended {self._restarts[index]} times (exit code {code}) while no trial did: "
-                        f"see {self._log(index)}."
+                        f"Worker {index} ended {RESTARTS + 1} times (exit code {code}) while no trial did: see "
+                        f"{self._log(index)}."
                     )
-                self._workers[index] = self._start(index)
-        return sum(worker is not None for worker in self._workers)
+                self._restarts[index] += 1
+                self._start(index)
+        return len(self._workers)
 
     def stop(self) -> None:
         """See `Launcher`."""
-        running = [worker for worker in self._workers if worker and worker.poll() is None]
-        for worker in running:
-            worker.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + STOP_SECONDS
-        for worker in running:
-            try:
-                worker.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
+        stop(*self._workers.values())
 
-    def _start(self, index: int) -> subprocess.Popen[bytes]:
+    def _start(self, index: int) -> None:
         device = {"CUDA_VISIBLE_DEVICES": self._devices[index % len(self._devices)]} if self._devices else {}
-        with self._log(index).open("ab") as log:
-            return subprocess.Popen(
-                self._command,
-                env=self._environment | device,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for this process, which then stops its workers
-                preexec_fn=stop_with_parent,
-            )
+        self._workers[index] = start(self._words, self._environment | device, self._log(index))
 
     def _log(self, index: int) -> Path:
         return self._folder / f"worker-{index}.log"
-
-    def _last_words(self, index: int) -> str:
-        return "\n".join(self._log(index).read_text(errors="replace").splitlines()[-20:]).rpartition("error: ")[2]
-
-
-def stop_with_parent() -> None:
-    """Let this process be interrupted when its parent dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
-
-
-def tail(output: Any) -> str:
-    """The last lines of what a worker said."""
-    text = output.decode(errors="replace") if isinstance(output, bytes) else str(output)
-    return "\n".join(text.splitlines()[-20:])

@@ -146,6 +146,12 @@ class Record:
             self._constrained.add(name)
 
     @property
+    def seconds_left(self) -> float | None:
+        """How long the trial may still take; None: as long as it does."""
+        limit = self.books.study.constraints.seconds
+        return None if limit is None else limit - self.progress.seconds
+
+    @property
     def too_slow(self) -> str:
         """Why a trial that took this long breaks a constraint; "" if it does not."""
         limit, seconds = self.books.study.constraints.seconds, self.progress.seconds
@@ -194,7 +200,8 @@ class Record:
         costs = self.progress.costs
         self.run.log(0, costs | prediction_errors(costs) | {"seconds/total": self.progress.seconds})
         if self.books.study.constraints.seconds is not None and costs:
-            self.constrain("seconds", self.progress.seconds / self.books.study.constraints.seconds - 1)
+            excess = self.progress.seconds / self.books.study.constraints.seconds - 1
+            self.constrain("seconds", max(excess, 1e-3) if outcome == "timed_out" else excess)
         self.run.end(outcome, message, trace)
         self._save()
         self.trial.set_user_attr(OUTCOME, outcome)

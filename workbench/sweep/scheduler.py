@@ -288,6 +288,7 @@ class Scheduler:
             end=self.checkpoints.at(number, until),
             until=until,
             results=self.checkpoints.results(number) if until == self.study.training.steps else None,
+            seconds=live.record.seconds_left,
         )
 
     def _seconds(self, live: Live) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -83,16 +84,20 @@ def run_trial(
     """One trial, from its parameters to a typed outcome. Only Ctrl-C and broken stores come out as exceptions."""
     trial, entry = settled.trial, enter(settled, books, planner, Progress())
     record, config, seeds = entry.record, entry.record.config, entry.seeds
-    settings = shop.settings(config)
+    settings, limit = shop.settings(config), shop.study.constraints.seconds
     display.trial(trial.number, config, note=entry.note)
     meter = Meter(shop.base.device)
     prunes = About.of_trial(trial).role == "search" and not shop.study.objective.several
+
+    started = time.monotonic()
 
     def on_step(step: int, loss: float) -> None:
         interrupt.check()
         record.progress.step = step
         record.run.log(step, {"train.loss": loss})
         display.step(trial.number, step, loss)
+        if limit is not None and time.monotonic() - started > limit and step < settings.steps:
+            raise TimedOut(f"step {step}: the {limit:.3g} seconds that it had are over")
 
     def on_eval(step: int, metrics: dict[str, float]) -> None:
         record.progress.costs = dict(meter.metrics)

@@ -53,6 +53,7 @@ class Job:
         end: the file for its next checkpoint. The one it goes on from stays as it is.
         until: the last step of the stretch.
         results: a folder for the adapter and the predictions, at the trial's last step.
+        seconds: how long the stretch may take; None: as long as it does.
     """
 
     trial: int
@@ -62,6 +63,7 @@ class Job:
     end: Path
     until: int
     results: Path | None
+    seconds: float | None = None
 
 
 @dataclass
@@ -201,6 +203,7 @@ class Workshop:
             checkpoint=job.end,
             until=job.until,
             results=job.results,
+            seconds=job.seconds,
         )
 
     def train(self, jobs: Sequence[Job], on_step: OnStep) -> list[Report]:

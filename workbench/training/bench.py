@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from workbench.adapters.bank import Bank, obstacle
-from workbench.errors import Diverged, OutOfMemory, WorkbenchError
+from workbench.errors import Diverged, OutOfMemory, TimedOut, WorkbenchError
 
 from .adapted import save_results
 from .base import Base
@@ -243,6 +243,7 @@ class Bench:
 
     def step(self, live: Sequence[Trainee], on_step: OnStep) -> None:
         """One optimiser step of each trial."""
+        started = time.perf_counter()
         batches = [trainee.batch() for trainee in live]
         for trainee in live:
             trainee.zero_grad()
@@ -259,6 +260,8 @@ class Bench:
             trainee.stepped()
             trainee.model.base_model.after_step(trainee.step)
             on_step(trainee.stint.trial, trainee.step, loss)
+            trainee.seconds += (time.perf_counter() - started) / len(live)
+            check_time(trainee)
 
     def _packed_losses(self, live: Sequence[Trainee], batches: Sequence[Tensor]) -> list[float]:
         """Forward and backward of one batch of each trial; its mean losses."""
@@ -403,6 +406,13 @@ def sharing(trainees: Sequence[Trainee]) -> list[list[Trainee]]:
     """Trials that can share a pass, and each of the others alone."""
     able = [t for t in trainees if t.packed and not t.draws and obstacle(t.model) is None]
     return [*([able] if able else []), *([trainee] for trainee in trainees if trainee not in able)]
+
+
+def check_time(trainee: Trainee) -> None:
+    """Let a trial end whose time is up."""
+    limit = trainee.stint.seconds
+    if limit is not None and trainee.seconds > limit and not trainee.done:
+        trainee.report.error = TimedOut(f"step {trainee.step}: the {limit:.3g} seconds that it had are over")
 
 
 def share(meter: Meter, trainees: Sequence[Trainee], work: Sequence[float]) -> None:

@@ -27,6 +27,7 @@ class Stint:
         until: the last step of this stint; validation is measured after it.
         results: a folder for the adapter's files and the predictions after the stint (`save_results`); None while more
             stints are to come.
+        seconds: how long its steps may take; it ends as `TimedOut` at the first one beyond. None: as long as they do.
     """
 
     trial: int
@@ -37,6 +38,7 @@ class Stint:
     checkpoint: Path
     until: int
     results: Path | None = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Report:
         step: how far the trial came.
         made: steps of this stint.
         metrics: of the validation split after the last step; {} if there was an error.
-        error: why the trial cannot go on: `Diverged`, `OutOfMemory`, an `AdapterError`, or a fault of the program.
+        error: why the trial cannot go on: `Diverged`, `OutOfMemory`, `TimedOut`, an `AdapterError`, or a fault of the program.
         trace: the traceback of a fault of the program.
         costs: of this stint alone: `seconds/train`, `seconds/eval` and peaks as in `Meter`. What a bank shares is
             divided among its trials.

@@ -7,18 +7,21 @@ import functools
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.adapters.bank import by_token
+from workbench.adapters.checkpoint import read_whole
 from workbench.adapters.dropout import seed_dropout
+from workbench.adapters.methods.adalora import RANK_DIM, AdaLora
 from workbench.adapters.methods.trainable_tokens import TrainableTokens
 from workbench.errors import CheckpointError, ConfigError
 
@@ -46,6 +49,7 @@ class Trainee:
         pending: rows of the batch at work, `(rows,)`; the same one again where memory ran out.
         measured: the last evaluation.
         work: tokens times layers that this stint went through.
+        seconds: that its steps took; those that it shared count in equal parts.
         place: which group of a pass is this trial's.
         tokens_of_batch: tokens of the batch at work, virtual ones included.
         draws: steps draw from torch's own random numbers.
@@ -88,7 +92,7 @@ class Trainee:
         self.order: Iterator[list[int]] = itertools.islice(order, self.step, None)
         self.pending: Tensor | None = None
         self.measured: Measured | None = None
-        self.work = 0.0
+        self.work = self.seconds = 0.0
         self.place = self.tokens_of_batch = 0
         self.packed = packed is not None and not settings.base_dropout and by_token(self.model)
         self.entry: dict[str, Tensor] = {}
@@ -228,6 +232,7 @@ class Trainee:
         file = self.stint.checkpoint
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
+        part.unlink(missing_ok=True)  # through a link it would be written elsewhere
         about = {"step": str(self.step), "config": identity(self.stint)}
         save_file({name: t.contiguous().cpu().clone() for name, t in tensors.items()}, part, about)
         os.replace(part, file)
@@ -236,28 +241,82 @@ class Trainee:
         """Go on from a checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or of another trial.
+            CheckpointError: it is damaged, or of another trial. Nothing is loaded then.
         """
-        try:
-            with safe_open(file, "pt") as opened:
-                about = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"The checkpoint {file} cannot be read ({error}); delete it to begin anew."
-            ) from error
-        if about.get("config") != identity(self.stint):
+        found = read_checkpoint(file)
+        if found.config != identity(self.stint):
             raise CheckpointError(f"The checkpoint {file} is of another trial; delete it to begin anew.")
+        tuner, optimizer = self.model.base_model, self.optimizer.state()
+        own: dict[str, Tensor] = {f"parameter.{name}": p for name, p in self.parameters.items()}
+        own |= {f"optimizer.{name}": t for name, t in optimizer.items()}
+        own |= {f"memory.{name}": t for name, t in tuner.memory_of(NAME).items()}
+        further: dict[str, Tensor] = {  # what some methods remember of a parameter once it has trained
+            f"memory.{number}.{what}.{name}": getattr(part, name)
+            for number, (_, part) in enumerate(tuner.parts(NAME))
+            if isinstance(part, AdaLora)
+            for what in ("importance", "uncertainty")
+            for name in RANK_DIM
+        }
+        damage = next(misfits(found.tensors, own, further), None)
+        if damage is None and not 0 <= int(found.tensors["optimizer.steps"]) <= found.step <= self.stint.settings.steps:
+            damage = f"it is of step {found.step}"
+        if damage is not None:
+            raise CheckpointError(f"The checkpoint {file} is damaged ({damage}); delete it to begin anew.")
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "optimizer": {}, "memory": {}}
-        for name, tensor in tensors.items():
+        for name, tensor in found.tensors.items():
             kind, _, rest = name.partition(".")
             parts[kind][rest] = tensor
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(parts["parameter"][name])
         self.optimizer.load(parts["optimizer"])
-        self.model.base_model.remember(NAME, parts["memory"])
-        self.step = int(about["step"])
+        tuner.remember(NAME, parts["memory"])
+        self.step = found.step
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as its file says it: the tensors are mapped, not read.
+
+    Attributes:
+        config: of whom it is (`identity`).
+    """
+
+    step: int
+    config: str
+    tensors: dict[str, Tensor]
+
+
+def read_checkpoint(file: Path) -> Saved:
+    """What a checkpoint's file says.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
+    try:
+        tensors, about = read_whole(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"The checkpoint cannot be read; delete it to begin anew. {error}") from error
+    step, config = about.get("step", ""), about.get("config", "")
+    if not re.fullmatch("[0-9]{1,18}", step) or not config:
+        raise CheckpointError(f"{file} is no checkpoint of a trial; delete it to begin anew.")
+    return Saved(int(step), config, tensors)
+
+
+def misfits(found: dict[str, Tensor], own: dict[str, Tensor], further: dict[str, Tensor]) -> Iterator[str]:
+    """How a checkpoint's tensors differ from those of a trial: all of `own` and all or none of `further`, in their
+    shapes and types, and finite."""
+    needed = own | further if further.keys() & found.keys() else own
+    for name in needed.keys() - found.keys():
+        yield f"{name} is missing"
+    for name, tensor in found.items():
+        place = needed.get(name)
+        if place is None:
+            yield f"{name} has no place"
+        elif (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
+            yield f"{name} is {tensor.dtype} {tuple(tensor.shape)} there, {place.dtype} {tuple(place.shape)} here"
+        elif not name.startswith("memory.") and not torch.isfinite(tensor).all():
+            yield f"{name} is not finite"
 
 
 def identity(stint: Stint) -> str:
