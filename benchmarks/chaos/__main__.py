@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--kills", type=int, default=30, help="with PostgreSQL; a third of it with sqlite")
     parser.add_argument("--pause", type=float, default=10.0, help="mean seconds between two kills")
     parser.add_argument("--seed", type=int, default=0)

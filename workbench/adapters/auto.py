@@ -85,14 +85,23 @@ class AutoPeftModel:
             return cls._target_class
         if config.auto_mapping is None:
             raise ConfigError("The configuration has neither a task type nor an `auto_mapping`.", "auto_mapping")
-        library = config.auto_mapping["parent_library"]
+        library, name = (config.auto_mapping.get(key) for key in ("parent_library", "base_model_class"))
+        if not isinstance(library, str) or not isinstance(name, str):
+            raise ConfigError("The `auto_mapping` names no class and library.", "auto_mapping")
         if not any(library == allowed or library.startswith(f"{allowed}.") for allowed in importable):
             raise ConfigError(
                 f"The auto mapping wants to import '{library}' which is not in the import allowlist. If you are sure "
                 f"that importing this library is safe, pass `import_allowlist=['{library}']`.",
                 "auto_mapping",
             )
-        return getattr(importlib.import_module(library), config.auto_mapping["base_model_class"])
+        try:
+            found = getattr(importlib.import_module(library), name, None)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"The auto mapping's '{library}' cannot be imported: {error}", "auto_mapping") from error
+        known = isinstance(found, type) and hasattr(found, "from_pretrained")
+        if importable is IMPORTABLE and not known:  # whoever allows more has said what is to be called
+            raise ConfigError(f"The auto mapping names '{name}', which is no model of '{library}'.", "auto_mapping")
+        return found
 
 
 def count_tokens(source: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> int:

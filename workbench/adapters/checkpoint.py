@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench.errors import CheckpointError, MismatchError
@@ -23,6 +23,10 @@ from .tuner import Tuner
 from .tuner_layer import TunerLayer
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+OTHER_BASE = (
+    "The adapter was made for another base model, with another configuration, or for resized embeddings; resize those "
+    "of this model first."
+)
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # the layers that peft looks for when it saves embeddings by itself
 
 
@@ -53,14 +57,28 @@ def _mapped(key: str, key_mapping: dict[str, str]) -> str:
 
 
 def read_file(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of one safetensors file.
+    """The tensors of one safetensors file. On the CPU they are mapped: memory is taken when their numbers are read, so
+    their shapes can be looked at first.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
+    tensors, _ = read_whole(path)
+    return tensors if device == "cpu" else {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one safetensors file, mapped, and what else it says.
 
     Raises:
         CheckpointError: it is not one.
     """
     try:
-        return load_file(path, device=device)
-    except (SafetensorError, OSError) as error:
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise OSError("it is no file")
+        with safe_open(path, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
@@ -71,6 +89,7 @@ def write_weights(tensors: dict[str, Tensor], folder: str | Path) -> Path:
     # safetensors refuses tensors that share memory, as tied layers do
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # through a link it would be written elsewhere
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(path)
     return path
@@ -217,12 +236,10 @@ def match_slots(
     places = {key: known[key] for key in tensors if key in known}
     shapes = {key: (tuple(values[key].shape), tuple(getattr(*slot).shape)) for key, slot in places.items()}
     mismatched = {key: f"{there} in the file, {here} here" for key, (there, here) in shapes.items() if there != here}
+    check_kinds({key: (values[key], getattr(*slot)) for key, slot in places.items()})
     said = "".join(f"\n- size mismatch for {key}: {sizes}" for key, sizes in mismatched.items())
     if mismatched and not ignore_mismatched_sizes:
-        raise MismatchError(
-            "The adapter was made for another base model, with another configuration, or for resized embeddings; "
-            f"resize those of this model first.{said}"
-        )
+        raise MismatchError(OTHER_BASE + said)
     if mismatched:
         warnings.warn(f"Left out, since `ignore_mismatched_sizes=True`:{said}", stacklevel=3)
     missing = [key for key in own if key not in tensors]
@@ -230,6 +247,17 @@ def match_slots(
     return [(slot, values[key]) for key, slot in places.items() if key not in mismatched], LoadResult(
         missing, unexpected
     )
+
+
+def check_kinds(pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Refuse numbers of another kind than what they are for, by key: whole or complex ones where fractions belong.
+
+    Raises:
+        MismatchError: there are some.
+    """
+    for key, (value, place) in pairs.items():
+        if place.is_floating_point() and (not value.is_floating_point() or value.dtype == torch.float4_e2m1fn_x2):
+            raise MismatchError(f"{key} is of {value.dtype} in the file, of {place.dtype} here.")
 
 
 def fill_all(tuner: Tuner, adapter_name: str, places: list[tuple[Slot, Tensor]]) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import reprlib
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from workbench.errors import ConfigError, NotAnAdapterError
+from workbench.errors import ConfigError, ConfigTypeError, NotAnAdapterError
 
 from .hub import PushToHub, locate
 
 CONFIG_NAME = "adapter_config.json"
+LARGEST = 2**26  # bytes of a configuration file
 __version__ = "0.21.2"  # of peft: the version of the file format that is written
 
 
@@ -158,8 +161,10 @@ class PeftConfig(PushToHub):
             NotAnAdapterError: it holds no JSON object.
         """
         try:
-            values = json.loads(Path(path_json_file).read_text())
-        except ValueError as error:
+            if Path(path_json_file).stat().st_size > LARGEST:
+                raise ValueError(f"it has more than {LARGEST} bytes")
+            values = json.loads(Path(path_json_file).read_text(encoding="utf-8"), parse_constant=_refuse)
+        except (OSError, ValueError, RecursionError) as error:
             raise NotAnAdapterError(f"{path_json_file} is not an adapter configuration: {error!r}") from error
         if not isinstance(values, dict):
             raise NotAnAdapterError(f"{path_json_file} is not an adapter configuration, which is a JSON object.")
@@ -183,6 +188,7 @@ class PeftConfig(PushToHub):
 
         config = by_peft_type(kwargs["peft_type"]).config if "peft_type" in kwargs else cls
         known = {f.name for f in fields(config)}
+        check_types(config, kwargs)
         unknown = sorted(name for name, value in kwargs.items() if name not in known and value)
         if unknown:
             warnings.warn(
@@ -191,7 +197,18 @@ class PeftConfig(PushToHub):
                 "trained to.",
                 stacklevel=3,
             )
-        return config(**{name: value for name, value in kwargs.items() if name in known})
+        try:  # what options within options are is looked at nowhere else
+            return config(**{name: value for name, value in kwargs.items() if name in known})
+        except ConfigError:
+            raise
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+        ) as error:
+            raise ConfigError(f"{config.__name__} refuses its values: {error}") from error
 
 
 @dataclass
@@ -224,6 +241,46 @@ class TargetConfig(PeftConfig):
             raise ConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified.", "layers_pattern"
             )
+
+
+def check_types(config: type, values: dict[str, Any]) -> None:
+    """Refuse values of other types than the fields of a configuration class are of. None is taken for every field, as
+    peft writes it, and what is not known of a type here (options within options) is left to the class.
+
+    Raises:
+        ConfigTypeError: names the field.
+    """
+    hints = get_type_hints(config)
+    for name, value in values.items():
+        if name in hints and value is not None and not is_a(value, hints[name]):
+            raise ConfigTypeError(
+                f"`{name}` should be of the type {hints[name]}, the value passed is {reprlib.repr(value)}.", name
+            )
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type, as far as JSON tells numbers from numbers and lists from sets."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(is_a(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is dict:
+        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+    if origin in (list, set, tuple):
+        many = isinstance(value, (list, set, tuple))
+        return many and (origin is tuple or all(is_a(item, inner[0]) for item in value))
+    if hint in (int, float):  # peft writes fractions where a formula gave them, and checks sizes by themselves
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(hint, type) and issubclass(hint, str):
+        return isinstance(value, str)
+    if is_dataclass(hint):
+        return isinstance(value, (dict, hint))  # type: ignore[arg-type]
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _refuse(number: str) -> None:
+    raise ValueError(f"{number} is no number of JSON")
 
 
 def peft_version() -> str:

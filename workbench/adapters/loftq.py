@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor
 
 from workbench.errors import CheckpointError, TargetError
 
 from . import base_ops, quantised
+from .checkpoint import read_file
 from .methods.lora import Lora
 from .methods.lora_init import low_rank
 from .model import PeftModel
@@ -83,12 +83,17 @@ def weight_files(source: str | Path) -> dict[str, Path]:
             ) from error
     folder = path.parent if path.is_file() else path
     if (folder / INDEX).is_file() and not path.is_file():
-        return {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+        try:
+            named = {name: Path(file) for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{folder / INDEX} is no index of weights: {error!r}") from error
+        if outside := [str(file) for file in named.values() if file.name != str(file)]:
+            raise CheckpointError(f"{folder / INDEX} names {outside[0]!r}, which is not in the folder.")
+        return {name: folder / file for name, file in named.items()}
     file = path if path.is_file() else folder / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"Could not find {WEIGHTS} in {folder}: the weights must be safetensors.")
-    with safe_open(file, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
+    return dict.fromkeys(read_file(file), file)
 
 
 def read(files: dict[str, Path], path: str, base_prefix: str) -> Tensor:
@@ -97,5 +102,7 @@ def read(files: dict[str, Path], path: str, base_prefix: str) -> Tensor:
     name = next((name for name in names if name in files), None)
     if name is None:
         raise CheckpointError(f"The base model's files hold no {names[0]}.")
-    with safe_open(files[name], framework="pt") as tensors:
-        return tensors.get_tensor(name)
+    found = read_file(files[name])
+    if name not in found:
+        raise CheckpointError(f"{files[name]} holds no {name}, though the index says so.")
+    return found[name]

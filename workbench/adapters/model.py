@@ -26,6 +26,7 @@ from .checkpoint import (
 )
 from .config import PeftConfig, TaskType
 from .convert import supports_lora_conversion
+from .fitting import check_fits
 from .hub import PushToHub
 from .inject import HEADS
 from .methods import alora
@@ -376,7 +377,7 @@ class PeftModel(PushToHub, nn.Module):
             ephemeral_gpu_offload: see `LoraRuntimeConfig`.
             key_mapping: for a file made for another version of the model's class, regular expressions for the base
                 model's paths, with what stands for them in this model; default: what transformers says of the class.
-            torch_device: where the file's tensors are read to; default: where the base model is.
+            torch_device: where the file's tensors are put before they are copied into the adapter; default: nowhere.
             ignore_mismatched_sizes: leave out tensors of another shape than their parameter, with a warning.
             kwargs: `subfolder`, and what `hf_hub_download` takes (revision, token, ...); the rest is ignored.
 
@@ -390,14 +391,16 @@ class PeftModel(PushToHub, nn.Module):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}.")
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        tensors = load_peft_weights(model_id, torch_device or device_of(model), key_mapping, **kwargs)
+        tensors = load_peft_weights(model_id, None, key_mapping, **kwargs)
         set_offload(config, ephemeral_gpu_offload)
         config.inference_mode = not is_trainable
+        if not ignore_mismatched_sizes:
+            check_fits(model, config, tensors)
         trained = [p for p in model.parameters() if p.requires_grad]
         task_model = cls.for_task(config.task_type)
         peft_model = task_model(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
-            peft_model._fill(tensors, adapter_name, model_id, ignore_mismatched_sizes)
+            peft_model._fill(tensors, adapter_name, model_id, ignore_mismatched_sizes, torch_device)
         except CheckpointError:
             peft_model.delete_adapter(adapter_name)
             for p in trained:
@@ -424,15 +427,17 @@ class PeftModel(PushToHub, nn.Module):
         Raises:
             CheckpointError: as `from_pretrained`; no new adapter is left behind.
         """
-        tensors = load_peft_weights(model_id, torch_device or device_of(self), key_mapping, **kwargs)
+        tensors = load_peft_weights(model_id, None, key_mapping, **kwargs)
         new = adapter_name not in self.peft_config
         if new:
             config = PeftConfig.from_pretrained(model_id, **kwargs)
             set_offload(config, ephemeral_gpu_offload)
             config.inference_mode = not is_trainable
+            if not ignore_mismatched_sizes:
+                check_fits(self.get_base_model(), config, tensors)
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
-            result = self._fill(tensors, adapter_name, model_id, ignore_mismatched_sizes)
+            result = self._fill(tensors, adapter_name, model_id, ignore_mismatched_sizes, torch_device)
         except CheckpointError:
             if new:
                 self.delete_adapter(adapter_name)
@@ -444,9 +449,15 @@ class PeftModel(PushToHub, nn.Module):
         return result
 
     def _fill(
-        self, tensors: dict[str, Tensor], adapter_name: str, source: str | Path, ignore_mismatched_sizes: bool
+        self,
+        tensors: dict[str, Tensor],
+        adapter_name: str,
+        source: str | Path,
+        ignore_mismatched_sizes: bool,
+        device: str | None,
     ) -> LoadResult:
-        """Load a file's tensors, if it is complete and all of them have a place."""
+        """Load a file's tensors, if it is complete and all of them have a place; by way of a device, if one is
+        named."""
         places, result = match_slots(self.base_model, tensors, adapter_name, ignore_mismatched_sizes)
         if result.missing_keys:
             raise CheckpointError(
@@ -458,7 +469,7 @@ class PeftModel(PushToHub, nn.Module):
                 f"{source} holds {len(result.unexpected_keys)} tensors that have no place in this model, e.g. "
                 f"{result.unexpected_keys[0]}; it was made for another base model."
             )
-        fill_all(self.base_model, adapter_name, places)
+        fill_all(self.base_model, adapter_name, [(slot, tensor.to(device or tensor.device)) for slot, tensor in places])
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -175,7 +175,7 @@ def by_peft_type(peft_type: str | None) -> Method:
     Raises:
         ConfigError: there is none.
     """
-    if peft_type is None or peft_type not in _BY_PEFT_TYPE:
+    if not isinstance(peft_type, str) or peft_type not in _BY_PEFT_TYPE:
         known = ", ".join(sorted(_BY_PEFT_TYPE))
         raise ConfigError(f"Unknown peft_type {peft_type!r}; known are {known}.", "peft_type")
     return _BY_PEFT_TYPE[peft_type]

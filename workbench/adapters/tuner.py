@@ -23,6 +23,8 @@ from .replication import replicated
 from .tuner_layer import BASE, AdapterState, Held, TunerLayer, exchange
 from .tying import tied_names, warn_of_merging
 
+LONGEST = 200  # bytes of an adapter's name, which becomes a folder's
+
 
 class Tuner(nn.Module):
     """Holds the base model (`model`), the adapters' configurations and the one state its layers share.
@@ -222,6 +224,8 @@ class Tuner(nn.Module):
     def check_new(self, name: str, config: PeftConfig) -> None:
         if not name or "." in name:
             raise AdapterNameError(f"Adapter names are parts of parameter names: {name!r} is empty or has a dot in it.")
+        if not name.isprintable() or set(name) & {"/", "\\"} or len(name.encode()) > LONGEST:
+            raise AdapterNameError(f"Adapter names are names of folders: {name[:LONGEST]!r} can be none.")
         if name == BASE or hasattr(nn.ModuleDict(), name):
             raise AdapterNameError(f"The name {name!r} has a meaning of its own; choose another one for the adapter.")
         if name in self.peft_config:

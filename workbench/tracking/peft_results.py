@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, AwareDatetime, BaseModel, Field, ValidationError
 
@@ -45,6 +45,8 @@ NO_HYPERPARAMETERS = {  # fields of an adapter's configuration that say what it 
 }
 FOUND = {"adalora": {"rank_pattern"}}  # what training found, though it stands among a method's settings
 
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what stores have room for
+
 
 class TrainConfig(BaseModel, extra="allow"):
     """How they trained; the same for all methods but for what an experiment sets."""
@@ -74,7 +76,7 @@ class RunInfo(BaseModel):
 class Evaluation(BaseModel, extra="allow"):
     """Values at a step, by names such as `valid accuracy`."""
 
-    step: int
+    step: Whole
 
 
 class TrainInfo(BaseModel):
@@ -83,10 +85,10 @@ class TrainInfo(BaseModel):
     status: Literal["success", "failed", "canceled", "cancelled"]
     metrics: list[Evaluation]
     train_time: float | None = None
-    file_size: int | None = None
-    num_trainable_params: int | None = None
-    num_total_params: int | None = None
-    memory_max: int | None = Field(None, validation_alias=AliasChoices("accelerator_memory_max", "cuda_memory_max"))
+    file_size: Whole | None = None
+    num_trainable_params: Whole | None = None
+    num_total_params: Whole | None = None
+    memory_max: Whole | None = Field(None, validation_alias=AliasChoices("accelerator_memory_max", "cuda_memory_max"))
     error: str = ""
 
 
@@ -204,8 +206,9 @@ def _fault(error: Mapping[str, Any]) -> str:
 
 
 def _numbers(entry: Evaluation) -> dict[str, float]:
-    """The values of an evaluation that are numbers."""
-    return {key: value for key, value in (entry.model_extra or {}).items() if type(value) in (int, float)}
+    """The values of an evaluation that are numbers, as stores have them."""
+    found = (entry.model_extra or {}).items()
+    return {key: value for key, value in found if type(value) is float or (type(value) is int and abs(value) < 2**63)}
 
 
 def _readable(value: Any) -> Any:

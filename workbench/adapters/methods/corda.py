@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -49,12 +49,14 @@ def preprocess_corda(
     Raises:
         ConfigError: `run_model` is missing, an option is unknown, or the data give numbers that are not finite.
     """
+    from ..checkpoint import read_file
+
     options: Any = lora_config.corda_config
     if options.corda_method not in ("ipm", "kpm"):
         raise ConfigError(f"corda_method should be 'ipm' or 'kpm', not {options.corda_method!r}.", "corda_config")
     layers = dict(target_layers(model, lora_config))
     if _there(options.cache_file):
-        cache = load_file(options.cache_file)
+        cache = read_file(Path(options.cache_file))
         for name, layer in layers.items():
             parts = {part: cache[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC")}
             layer.eigens = CordaEigens(**{part: value.to(layer.weight.device) for part, value in parts.items()})
@@ -85,9 +87,11 @@ def measure(
     layers: dict[str, Any], config: LoraConfig, run_model: Callable[[], Any] | None, hooked: dict[str, Any]
 ) -> None:
     """Set `covariance_matrix` `(in, in)`, a mean over the calls, and `sample_count` on each layer."""
+    from ..checkpoint import read_file
+
     options: Any = config.corda_config
     if _there(options.covariance_file):
-        for name, matrix in load_file(options.covariance_file).items():
+        for name, matrix in read_file(Path(options.covariance_file)).items():
             layers[name].covariance_matrix, layers[name].sample_count = matrix.to(layers[name].weight.device), 1
         return
     if run_model is None:

@@ -4,10 +4,10 @@ section 3.3)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from workbench.errors import ConfigError
@@ -41,7 +41,9 @@ def preprocess_loraga(
     if not layers:
         raise ConfigError("No supported layers found for LoRA-GA initialization, which needs linear layers.")
     if _there(cache_file):
-        gradients = load_file(str(cache_file))
+        from ..checkpoint import read_file
+
+        gradients = read_file(Path(str(cache_file)))
         for name, layer in layers.items():
             layer._peft_loraga_grad = gradients[name].to(layer.weight.device)
         return

@@ -81,8 +81,9 @@ def first_words(config: PromptTuningConfig, word_embeddings: Any) -> Tensor | No
     if config.prompt_tuning_init == PromptTuningInit.TEXT:
         from transformers import AutoTokenizer
 
-        # a configuration comes with a downloaded adapter, which must not get to run code
-        options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+        # a configuration comes with a downloaded adapter, which must not get to run code, nor to choose where to write
+        options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "cache_dir"}
+        options["trust_remote_code"] = False
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
         ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
         return torch.tensor(list(islice(cycle(ids), count)), device=device)
