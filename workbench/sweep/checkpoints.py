@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -12,11 +13,13 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial
 
-from workbench.errors import StorageError
+from workbench.errors import CheckpointError, StorageError
 from workbench.tracking.runs import Run, Tracking
+from workbench.training.trainee import read_checkpoint
 
 from .budget import PROGRESS
 from .roles import OUTCOME
+from .spec import NAME
 
 FOLDER = "checkpoints"  # attribute of a study, the name of its folder; and a folder of a run's artifacts
 LARGEST = 2**29  # bytes of a checkpoint that goes through the server
@@ -38,15 +41,20 @@ class Checkpoints:
         self._server = server
         if FOLDER not in study.user_attrs:
             study.set_user_attr(FOLDER, f"{study.study_name}-{secrets.token_hex(4)}")
-        self.folder = home / "checkpoints" / study.user_attrs[FOLDER]
+        if not re.fullmatch(NAME, name := study.user_attrs[FOLDER]):
+            raise StorageError(
+                f"The study's checkpoints are in {name!r}, which is no name of a folder: who wrote that?"
+            )
+        self.folder = home / "checkpoints" / name
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def at(self, number: int, step: int) -> Path:
         """The file of a trial at a step."""
-        return self.folder / f"{number}-{step}.safetensors"
+        return self.folder / f"{number:d}-{step:d}.safetensors"
 
     def copy(self, number: int, other: int, step: int) -> None:
         """Let another trial begin where this one is."""
+        self.at(other, step).unlink(missing_ok=True)
         shutil.copyfile(self.at(number, step), self.at(other, step))
 
     def results(self, number: int) -> Path:
@@ -56,7 +64,7 @@ class Checkpoints:
     def keep_only(self, number: int, step: int | None = None) -> None:
         """Delete what there is of a trial, but for its file at this step."""
         for path in self.folder.glob(f"{number}-*"):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif step is None or path != self.at(number, step):
                 path.unlink()
@@ -74,7 +82,7 @@ class Checkpoints:
             run.discard(FOLDER, keep=None if step is None else self.at(number, step).name)
 
     def fetch(self, number: int, step: int, run_id: str) -> bool:
-        """Have a trial's file here, if it is anywhere."""
+        """Have a trial's file here, if it is anywhere and can be read."""
         file = self.at(number, step)
         if not file.exists() and self._server:
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
@@ -83,7 +91,11 @@ class Checkpoints:
                 except StorageError:
                     return False
                 os.replace(Path(folder, FOLDER, file.name), file)
-        return file.exists()
+        try:
+            read_checkpoint(file)
+        except CheckpointError:
+            return False
+        return True
 
     def tidy(self, trials: Sequence[FrozenTrial]) -> None:
         """Delete what is left of trials that ended, perhaps elsewhere; but for the files of pruned ones."""

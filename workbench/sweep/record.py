@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from workbench.errors import AdapterError, DataError, Diverged, OutOfMemory, TimedOut
+from workbench.errors import AdapterError, CheckpointError, DataError, Diverged, OutOfMemory, TimedOut
 from workbench.tracking.recorded import PARAMS, SIZE
 from workbench.tracking.runs import Outcome, StudyRun, Tracking, TrialRun
 from workbench.training.bench import Report
@@ -256,7 +256,7 @@ def outcome(error: Exception) -> Outcome:
             return "out_of_memory"
         case TimedOut():
             return "timed_out"
-        case AdapterError() | DataError():
+        case AdapterError() | DataError() if not isinstance(error, CheckpointError):
             return "infeasible"
     return "crashed"
 

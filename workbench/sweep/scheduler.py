@@ -209,7 +209,10 @@ class Scheduler:
         progress = Progress(**trial.user_attrs.get(PROGRESS, {}))
         if "run_id" not in trial.user_attrs and resumes is not None:
             self.checkpoints.copy(resumes, trial.number, progress.step)
-        if not self.checkpoints.fetch(trial.number, progress.step, trial.user_attrs.get("run_id", "")):
+        lost = ""
+        run_id = trial.user_attrs.get("run_id", "")
+        if progress.step and not self.checkpoints.fetch(trial.number, progress.step, run_id):
+            lost = f"begins anew, as its checkpoint of step {progress.step} cannot be read"
             progress = Progress()
         self.checkpoints.keep_only(trial.number, progress.step)
         entry = enter(settled, self.books, self.planner, progress)
@@ -221,7 +224,7 @@ class Scheduler:
             spared=resumes is not None or about.role != "search",
             suspect=deaths >= SUSPECT,
         )
-        self.display.trial(trial.number, entry.record.config, progress.step, entry.note)
+        self.display.trial(trial.number, entry.record.config, progress.step, lost or entry.note)
         if progress.step == self.study.training.steps:  # all but the outcome was recorded
             self._end(live, "complete")
         elif entry.refusal:

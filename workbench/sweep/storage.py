@@ -14,7 +14,7 @@ import filelock
 from optuna.storages import RDBStorage
 from sqlalchemy import Engine, event, text
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, InternalError, OperationalError
 
 from workbench.errors import StorageAway, StorageError
 from workbench.tracking.runs import public_url
@@ -23,7 +23,9 @@ from .stores import Stores
 
 PATIENCE = 300.0  # seconds for which a store may be away
 LONGEST_PAUSE = 5.0  # seconds between two tries
-REFUSALS = ("authentication failed", "no password supplied", "does not exist", "permission denied")
+REFUSALS = ("authentication failed", "no password supplied", "does not exist", "permission denied", "no pg_hba.conf")
+PASSING = ("08", "25P03", "40", "53300", "55P03", "57")  # SQLSTATEs, or how they begin, of what does not last
+MAKERS = 10  # workers that may make the same tables at once
 LONGEST_TURN = 300  # seconds after which the server takes a turn from a worker that went silent in it
 
 # What can be done twice with the outcome of once. To make a trial is not: a reply that was lost would make two.
@@ -60,15 +62,15 @@ class Storage(RDBStorage):
     Args:
         heartbeat: seconds between two signs of life of a trial that runs; after `SILENT` of them without any it is
             counted as left.
-        locks: a folder for lock files, where the database has no locks of its own.
+        turn: a lock file for all workers of the study, where the database has no locks of its own.
     """
 
     SILENT = 4
 
-    def __init__(self, url: str, heartbeat: int, locks: Path):
+    def __init__(self, url: str, heartbeat: int, turn: Path):
         super().__init__(url)
         self.heartbeat_interval, self.grace_period = heartbeat, self.SILENT * heartbeat
-        self._locks, self._in_turn = locks, False
+        self._turn, self._in_turn = turn, False
         event.listen(self.engine, "handle_error", lost_connections)
 
     def get_heartbeat_interval(self) -> None:
@@ -108,8 +110,8 @@ class Storage(RDBStorage):
     def _lock(self, study: str) -> AbstractContextManager[Any]:
         if self.engine.dialect.name == "postgresql":
             return advisory_lock(self.engine, study)
-        self._locks.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(self._locks / "turn.lock")
+        self._turn.parent.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(self._turn)
 
 
 def repeatable(method: Callable[..., T]) -> Callable[..., T]:
@@ -152,12 +154,14 @@ def lost_connections(context: ExceptionContext) -> None:
 
 
 def away(error: BaseException | None) -> str:
-    """Why a database is away, or at work for somebody else; "" of one that refuses."""
-    if not isinstance(error, OperationalError | InterfaceError):
+    """Why a database is away, or at work for somebody else; "" of one that refuses, or whose disk is full."""
+    if not isinstance(error, OperationalError | InterfaceError | InternalError):
         return ""
     reason = str(error.orig).strip().replace("\n", " ")
     if type(error.orig).__module__.startswith("sqlite3"):
         return reason if "locked" in reason else ""
+    if state := getattr(error.orig, "sqlstate", None):  # none where there is no connection
+        return reason if state.startswith(PASSING) else ""
     return "" if any(words in reason for words in REFUSALS) else reason
 
 
@@ -179,16 +183,23 @@ def open_storage(stores: Stores, study: str) -> Storage:
         StorageError: it cannot be used.
         StorageAway: nobody answers.
     """
+    home = stores.home
     if stores.optuna.startswith("sqlite:///"):
-        Path(stores.optuna.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    folder = locks(stores.home, study)
-    try:
+        home = Path(stores.optuna.removeprefix("sqlite:///")).parent
+        home.mkdir(parents=True, exist_ok=True)
+    turn, tries = home / "locks" / f"{study}.turn.lock", MAKERS
+    while True:
+        tries -= 1
         try:
-            return Storage(stores.optuna, stores.heartbeat, folder)
-        except (IntegrityError, ProgrammingError):  # another worker was making the same tables
-            return Storage(stores.optuna, stores.heartbeat, folder)
-    except Exception as error:  # SQLAlchemy's, its drivers' and Optuna's own have no common base
-        raise unusable(stores.optuna, error) from error
+            return Storage(stores.optuna, stores.heartbeat, turn)
+        except Exception as error:  # SQLAlchemy's, its drivers' and Optuna's own have no common base
+            if not (tries and made_meanwhile(error)):
+                raise unusable(stores.optuna, error) from error
+
+
+def made_meanwhile(error: Exception) -> bool:
+    """Whether another worker was making the same tables."""
+    return isinstance(error, IntegrityError) or (isinstance(error, DBAPIError) and "already exists" in str(error))
 
 
 def locks(home: Path, study: str) -> Path:
@@ -200,4 +211,4 @@ def unusable(url: str, error: Exception) -> StorageError:
     """What to say of a storage of Optuna's that fails."""
     reason = str(error.__cause__ or error).splitlines()[0]  # the driver's own words
     kind = StorageAway if away(error) or away(error.__cause__) else StorageError
-    return kind(f"Optuna's storage {public_url(url)} cannot be used: {reason}")
+    return kind(f"Optuna's storage {public_url(url)} cannot be used: {public_url(reason)}")
