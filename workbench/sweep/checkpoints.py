@@ -42,9 +42,7 @@ class Checkpoints:
         if FOLDER not in study.user_attrs:
             study.set_user_attr(FOLDER, f"{study.study_name}-{secrets.token_hex(4)}")
         if not re.fullmatch(NAME, name := study.user_attrs[FOLDER]):
-            raise StorageError(
-                f"The study's checkpoints are in {name!r}, which is no name of a folder: who wrote that?"
-            )
+            raise StorageError(f"The study's checkpoints are in {name!r}, which is no folder's name.")
         self.folder = home / "checkpoints" / name
         self.folder.mkdir(parents=True, exist_ok=True)
 

@@ -49,7 +49,8 @@ class Report:
         step: how far the trial came.
         made: steps of this stint.
         metrics: of the validation split after the last step; {} if there was an error.
-        error: why the trial cannot go on: `Diverged`, `OutOfMemory`, `TimedOut`, an `AdapterError`, or a fault of the program.
+        error: why the trial cannot go on: `Diverged`, `OutOfMemory`, `TimedOut`, an `AdapterError`, or a fault of the
+            program.
         trace: the traceback of a fault of the program.
         costs: of this stint alone: `seconds/train`, `seconds/eval` and peaks as in `Meter`. What a bank shares is
             divided among its trials.
