@@ -127,7 +127,8 @@ def take_part(
         with display.waiting("opening the stores"):
             tracking = opened(lambda: open_tracking(stores.tracking, stores.artifacts))
             storage = opened(lambda: open_storage(stores, study.name))
-            optuna_study = open_optuna(study, storage, f"{shop.base.fingerprint}:{shop.data(()).fingerprint}")
+            fingerprint = f"{shop.base.fingerprint}:{shop.data(()).fingerprint}"
+            optuna_study = patiently(lambda: open_optuna(study, storage, fingerprint))
             fleet = Fleet(optuna_study, storage, stores.home, shared)
             parent = fleet.in_turn(lambda: open_parent(study, stores, tracking, shop, meter))
             checkpoints = fleet.in_turn(
