@@ -114,6 +114,7 @@ def sweep(
     from workbench.sweep.edges import edges
     from workbench.sweep.run import sweep as run
     from workbench.sweep.spec import load_study
+    from workbench.sweep.storage import patiently
     from workbench.tracking import frames
     from workbench.tracking.leaderboard import leaderboard, outcomes
 
@@ -121,9 +122,11 @@ def sweep(
         raise typer.BadParameter("--solo goes with no --workers, --launcher or --resume-trial")
     if launcher and resume_trial:
         raise typer.BadParameter("--resume-trial goes without --launcher")
-    resources = dict(pair.partition("=")[::2] for pair in resource or ())
-    if resources and not launcher:
+    if resource and not launcher:
         raise typer.BadParameter("--resource goes with --launcher")
+    if wrong := [pair for pair in resource or () if not pair.partition("=")[2]]:
+        raise typer.BadParameter(f"--resource {wrong[0]} is not KEY=VALUE")
+    resources = {key: value for key, _, value in (pair.partition("=") for pair in resource or ())}
     loaded = limited(load_study(study), trials)
     where = stores(home, tracking_uri, storage, heartbeat)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
@@ -147,7 +150,7 @@ def sweep(
         except KeyboardInterrupt:
             display.say("stopped; nothing is lost: the same command goes on from here")
             raise typer.Exit(130) from None
-    table, objective = frames.trials(where.tracking, loaded.name), loaded.objective
+    table, objective = patiently(lambda: frames.trials(where.tracking, loaded.name)), loaded.objective
     console.print(leaderboard(table, loaded.name, objective.metric, objective.goal))
     display.say(f"{len(table)} trials: {outcomes(table)}")
     for advice in edges(loaded, ended):
@@ -173,7 +176,8 @@ def on_gpus(device: str, workers: int | None) -> bool:
     from workbench.sweep.launch import gpus
     from workbench.training.base import pick_device
 
-    return pick_device(device).type == "cuda" and (workers or len(gpus())) > 1
+    picked = pick_device(device)
+    return picked.type == "cuda" and picked.index is None and (workers or len(gpus())) > 1
 
 
 def launch(
@@ -220,6 +224,9 @@ def worker(
     --tracking-uri http://host:5000, and the model and the data at the study file's paths. On one machine the embedded
     stores will do. What a worker leaves unfinished when it dies another one goes on with.
     """
+    from workbench.sweep.launch_worker import heed_launcher
+
+    heed_launcher()
     from rich.console import Console
 
     from workbench.sweep.display import Display

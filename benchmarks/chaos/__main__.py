@@ -20,6 +20,7 @@ from .place import ROOT, MlflowServer, write_study
 from .torment import Place, inspect, reproduced, torment
 
 os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+AGAIN, TOLERANCE = 10, 1e-4  # trials to train again, and by how much their loss may be off
 PARTS = ("postgres", "sqlite", "disk", "fuzz")
 
 
@@ -98,11 +99,11 @@ def run(
     """Torment a study, then look at it."""
     figures = torment(file, place, workers, kills, arguments.pause, restarts, draw, say)
     found = inspect(file, place, "chaos", arguments.trials, arguments.steps)
-    numbers = sorted(draw.sample(range(arguments.trials), min(5, arguments.trials)))
-    same = reproduced(place, "chaos", numbers)
     assert figures["kills"] == kills, f"the study was over after {figures['kills']} kills: give it more --steps"
-    assert same == len(numbers), f"{same} of the trials {numbers} came to the same"
-    return figures | found | {"trials trained again undisturbed, with the same metrics": f"{same} of {len(numbers)}"}
+    numbers = draw.sample(range(arguments.trials), min(AGAIN, arguments.trials))
+    off = reproduced(place, "chaos", numbers)
+    assert off < TOLERANCE, f"the trials {numbers} came to other losses when they were trained again: by {off}"
+    return figures | found | {f"loss of {len(numbers)} trials trained again undisturbed is off by, at most": off}
 
 
 def full_disk(folder: Path, arguments: argparse.Namespace, draw: random.Random) -> dict[str, Any]:

@@ -46,14 +46,14 @@ def full_disk(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         last = sweep(file, place)
         assert last.returncode == 0, last.stderr
         found = inspect(file, place, "chaos", TRIALS, STEPS)
-        same = reproduced(place, "chaos", range(TRIALS))
+        off = reproduced(place, "chaos", range(TRIALS))
     assert full, "the disk was never full"
-    assert same == TRIALS, same
+    assert off < 1e-4, off
     return {
         "times that the disk was full": full,
         "old checkpoints that loaded then": loaded,
         **found,
-        "trials trained again undisturbed, with the same metrics": f"{same} of {TRIALS}",
+        f"loss of {TRIALS} trials trained again undisturbed is off by, at most": off,
     }
 
 

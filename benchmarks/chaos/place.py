@@ -28,12 +28,12 @@ methods:
   lora:
     r: {{values: [2, 4, 8]}}
     target_modules: [query, value]
-    learning_rate: {{min: 1e-3, max: 1e-1, distribution: log_uniform_values}}
+    learning_rate: {{min: 1e-3, max: 1e-2, distribution: log_uniform_values}}
   adalora:
     target_modules: [query, value]
-    learning_rate: {{min: 1e-3, max: 1e-1, distribution: log_uniform_values}}
+    learning_rate: {{min: 1e-3, max: 1e-2, distribution: log_uniform_values}}
   ia3:
-    learning_rate: {{min: 1e-3, max: 1e-1, distribution: log_uniform_values}}
+    learning_rate: {{min: 1e-3, max: 1e-2, distribution: log_uniform_values}}
 budget: {{trials: {trials}}}
 search: {{sampler: tpe, pruner: none}}
 """

@@ -20,6 +20,9 @@ import psutil
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
+from workbench.sweep.reproduce import reproduce
+from workbench.sweep.stores import Stores
+
 from .place import EVERY, ROOT
 
 Say = Callable[[str], None]
@@ -132,13 +135,12 @@ def inspect(file: Path, place: Place, name: str, trials: int, steps: int) -> dic
     return {"finished trials": len(study.trials), "runs": len(children), "trials that changed their worker": taken}
 
 
-def reproduced(place: Place, name: str, numbers: Sequence[int]) -> int:
-    """Train trials anew without any disturbance; how many came to the same metrics within 1e-5."""
-    command = [sys.executable, "-m", "workbench", "reproduce", name, "--tolerance", "1e-5", *place.options]
-    command = [word for word in command if word != "--storage" and not word.startswith(("sqlite", "postgresql"))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    codes = [
-        subprocess.run([*command, "--trial", str(n)], env=environment, capture_output=True, check=False).returncode
-        for n in numbers
-    ]
-    return codes.count(0)
+def reproduced(place: Place, name: str, numbers: Sequence[int]) -> float:
+    """Train trials anew without any disturbance; by how much their loss on the validation split is off at most."""
+    again = [reproduce(name, number, stores(place), lambda *_: None) for number in numbers]
+    return max(abs(trial.now["loss"] - trial.before["loss"]) for trial in again)
+
+
+def stores(place: Place) -> Stores:
+    """The place as the commands know it."""
+    return Stores(place.home, place.optuna, place.tracking, None, 1)

@@ -89,7 +89,8 @@ def launched(
         if known and draw.is_over(study, trials, known.user_attrs.get(SECONDS, 0.0)):
             display.finished_before(trials)
             return trials
-        display.begin(trials, [f"{workers} workers; what they say is in {logs(stores.home, study.name)}"])
+        number = f"{workers} worker{'s' if workers > 1 else ''}"
+        display.begin(trials, [f"{number}; what they say is in {logs(stores.home, study.name)}"])
         started, told = time.monotonic(), {trial.number for trial in trials if trial.state.is_finished()}
         stack.callback(launcher.stop)
         launcher.place([str(study.path.resolve()), *words], environment(stores), workers)

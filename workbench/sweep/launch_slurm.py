@@ -40,7 +40,8 @@ class Slurm:
             self._executor = submitit.AutoExecutor(folder, cluster=cluster)
             self._executor.update_parameters(name="workbench", **options)
         except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
-            raise WorkbenchError(f"submitit does not take the --resource parameters: {error}") from error
+            reason = " ".join(str(error).split())
+            raise WorkbenchError(f"submitit does not take the --resource parameters: {reason}") from error
         self._jobs: list[submitit.Job[str]] = []
 
     def place(self, words: Sequence[str], environment: Mapping[str, str], count: int) -> None:
