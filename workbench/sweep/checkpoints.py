@@ -88,7 +88,7 @@ class Checkpoints:
                     self._server.run(run_id).download(f"{FOLDER}/{file.name}", Path(folder))
                 except StorageError:
                     return False
-                os.replace(Path(folder, FOLDER, file.name), file)
+                os.replace(next(Path(folder).rglob(file.name)), file)
         try:
             read_checkpoint(file)
         except CheckpointError:

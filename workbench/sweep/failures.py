@@ -10,6 +10,7 @@ from workbench.tracking.outcomes import tally
 from .roles import OUTCOME
 
 FAILED = {"crashed", "out_of_memory", "diverged", "timed_out"}
+UNTRAINED = {"infeasible", "duplicate"}  # say nothing, neither for nor against the study
 
 
 class Failures:
@@ -31,7 +32,7 @@ class Failures:
         """
         trials = [t for t in self._study.get_trials(deepcopy=False) if t.number not in self._before]
         ended = sorted((t.datetime_complete, t.user_attrs.get(OUTCOME, "")) for t in trials if t.datetime_complete)
-        last = [outcome for _, outcome in ended[-self._limit :]]
+        last = [outcome for _, outcome in ended if outcome not in UNTRAINED][-self._limit :]
         if len(last) == self._limit and FAILED.issuperset(last):
             raise StudyFails(
                 f"The last {len(last)} trials of {self._study.study_name} failed ({tally(last)}), so the study was "

@@ -13,13 +13,18 @@ from typing import TypeVar
 
 import filelock
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+
+from workbench.errors import StudyFails
 
 from .budget import PROGRESS
 from .storage import ConnectionLost, Storage, locks
 
 WORKER = "worker"  # attribute of a trial: who works on it; "" or none: nobody
 TAKEN = "taken"  # attribute of a trial that others began: {"step": where it was, "times": how often it was taken there}
+ALONE = "alone"  # attribute of a trial with which workers died: who trained it alone
+SUSPECT = 2  # workers that died at the same step of a trial: it then trains alone
 
 T = TypeVar("T")
 
@@ -56,13 +61,23 @@ class Fleet:
             heart.start()
             try:
                 yield
+            except (KeyboardInterrupt, StudyFails):
+                self._leave()
+                raise
             finally:
                 left.set()
                 heart.join()
 
     def in_turn(self, do: Callable[[], T]) -> T:
-        """Do something while no other worker of the study does; see `Storage.in_turn`."""
-        return self._storage.in_turn(self._study.study_name, do)
+        """Do something while no other worker of the study does; see `Storage.in_turn`. What is taken in a try that is
+        cut off nobody has."""
+        held = frozenset(self._trials)
+
+        def anew() -> T:
+            self._trials = set(held)
+            return do()
+
+        return self._storage.in_turn(self._study.study_name, anew)
 
     # ---------------------------------------------------------------- trials
 
@@ -70,33 +85,31 @@ class Fleet:
         """The running ones that nobody works on. To be asked, and acted on, in turn."""
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         owners = {owner for trial in running if (owner := trial.user_attrs.get(WORKER))} - {self.name}
-        silent = set(self._storage._get_stale_trial_ids(self._study._study_id)) if owners else set()
+        known = owners and self._storage.steady
+        silent = set(self._storage._get_stale_trial_ids(self._study._study_id)) if known else set()
         return [trial for trial in running if self._is_left(trial, silent)]
 
     def claim(self, trial: optuna.Trial) -> None:
-        """Take a trial. Of one that somebody else began it is noted how often that happened at the same step."""
-        before, step = trial.user_attrs.get(WORKER), trial.user_attrs.get(PROGRESS, {}).get("step", 0)
-        if before not in (None, "", self.name):
-            known = trial.user_attrs.get(TAKEN, {})
-            times = known.get("times", 0) if known.get("step") == step else 0
-            trial.set_user_attr(TAKEN, {"step": step, "times": times + 1})
+        """Take a trial. Of one whose worker died it is noted how often that happened at the same step; of one that is
+        suspected only if it was training, since others may be to blame."""
+        before, times = trial.user_attrs.get(WORKER), deaths(trial)
+        if before not in (None, "", self.name) and (times < SUSPECT or trial.user_attrs.get(ALONE) == before):
+            trial.set_user_attr(TAKEN, {"step": step(trial), "times": times + 1})
+        self._storage.record_heartbeat(trial._trial_id)  # first, as who never gave a sign is never missed
         trial.set_user_attr(WORKER, self.name)
-        self._storage.record_heartbeat(trial._trial_id)
         self._trials.add(trial._trial_id)
 
-    def release(self, trial: optuna.Trial) -> None:
-        """Leave a trial to whoever wants it."""
-        if self.owns(trial):
-            trial.set_user_attr(WORKER, "")
-        self._trials.discard(trial._trial_id)
+    def alone(self, trial: optuna.Trial) -> None:
+        """Note that a trial trains now, by itself."""
+        trial.set_user_attr(ALONE, self.name)
 
     def forget(self, trial: optuna.Trial) -> None:
         """No longer give signs of life of a trial: it has ended, or is somebody else's."""
         self._trials.discard(trial._trial_id)
 
     def owns(self, trial: optuna.Trial) -> bool:
-        """Whether the trial is still this worker's: others took it if this process stood still for long."""
-        return self._storage.get_trial_user_attrs(trial._trial_id).get(WORKER) == self.name
+        """Whether the trial runs and is still this worker's: others took it if this process stood still for long."""
+        return self._owns(trial._trial_id)
 
     def others(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether somebody else works on some of these."""
@@ -107,6 +120,17 @@ class Fleet:
     def tidy(self) -> None:
         """Delete what workers left behind, when the study is over."""
         shutil.rmtree(self._locks, ignore_errors=True)
+
+    def _owns(self, trial_id: int) -> bool:
+        stored = self._storage.get_trial(trial_id)
+        return stored.state == TrialState.RUNNING and stored.user_attrs.get(WORKER) == self.name
+
+    def _leave(self) -> None:
+        """Leave all trials to whoever wants them."""
+        for trial_id in list(self._trials):
+            if self._owns(trial_id):
+                self._storage.set_trial_user_attr(trial_id, WORKER, "")
+        self._trials.clear()
 
     # ---------------------------------------------------------------- who lives
 
@@ -133,7 +157,18 @@ class Fleet:
             for trial_id in list(self._trials):
                 try:
                     self._storage.record_heartbeat(trial_id)
-                except ConnectionLost:
+                except (ConnectionLost, StorageInternalError):
                     break  # it is tried again
             if left.wait(self._storage.heartbeat_interval):
                 return
+
+
+def step(trial: optuna.Trial) -> int:
+    """How far a trial came."""
+    return trial.user_attrs.get(PROGRESS, {}).get("step", 0)
+
+
+def deaths(trial: optuna.Trial) -> int:
+    """How many workers died in a trial at the step where it is."""
+    known = trial.user_attrs.get(TAKEN, {})
+    return known["times"] if known.get("step") == step(trial) else 0

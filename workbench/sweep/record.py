@@ -25,7 +25,7 @@ from .space import TrialConfig, brief
 from .spec import Study
 
 EXACT = ("cuda_peak_allocated_mib", "tensor_peak_mib")  # measured peaks that a prediction can be held against
-INTERRUPTED = "stopped by Ctrl-C; the next `workbench sweep` of this study finishes it"
+INTERRUPTED = "stopped; the next `workbench sweep` of this study finishes it"
 
 
 @dataclass

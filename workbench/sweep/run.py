@@ -108,6 +108,7 @@ def take_part(
         known = opened(lambda: stored_study(study, stores))
         earlier = known.get_trials(deepcopy=False) if known else []
         if known and not pruned and draw.is_over(study, earlier, known.user_attrs.get(SECONDS, 0.0)):
+            Checkpoints(stores.home, known).tidy(earlier)  # of a worker that died here, while others went on elsewhere
             display.finished_before(earlier)
             return earlier
 
@@ -173,6 +174,8 @@ def take_part(
 def close(status: Status, books: Books, fleet: Fleet) -> None:
     """Close the study's run, unless other workers go on."""
     trials = books.optuna_study.get_trials(deepcopy=False)
+    if status == "KILLED" and draw.is_over(books.study, trials, books.optuna_study.user_attrs.get(SECONDS, 0.0)):
+        status = "FINISHED"  # Ctrl-C came when all was done
     if status == "FINISHED":
         books.parent.drop_strays({trial.user_attrs["run_id"] for trial in trials if "run_id" in trial.user_attrs})
         fleet.tidy()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 
 from workbench.errors import StorageError, StudyFails
 from workbench.tracking.runs import Outcome
@@ -27,7 +28,7 @@ from .checkpoints import Checkpoints
 from .display import Display
 from .entry import Settled, enter, settle
 from .failures import Failures
-from .fleet import TAKEN, Fleet
+from .fleet import SUSPECT, Fleet, deaths
 from .interrupt import Interrupt
 from .planning import Planner
 from .pool import Crew
@@ -39,8 +40,9 @@ from .workshop import Job, Seeds, Workshop
 
 ROUND = "round"  # attribute of a study: to which step each trial of the round trains
 FINALISTS = 27  # that are live at once, where one worker has them all
+SHARED = 4  # trials of a worker that are live at once, where others want some too
 WAIT_SECONDS = 1.0  # how often a worker without trials looks whether there are any
-SUSPECT, POISON = 2, 8  # workers that died at the same step of a trial: it then trains alone; it is given up
+POISON = 8  # workers that died at the same step of a trial: it is given up
 
 
 @dataclass
@@ -130,8 +132,8 @@ class Scheduler:
                         self.optuna_study.set_user_attr(ROUND, goals)
         except (KeyboardInterrupt, StudyFails):
             for live in self.live.values():
-                live.record.run.end("interrupted", INTERRUPTED)
-                self.fleet.release(live.record.trial)
+                if self.fleet.owns(live.record.trial):
+                    live.record.run.end("interrupted", INTERRUPTED)
             self.clock.save()
             raise
 
@@ -173,7 +175,10 @@ class Scheduler:
 
     def _fill(self) -> None:
         """New trials, as many as may be live and the budget allows; when the search is over, finalists."""
-        while sum(live.searching for live in self.live.values()) < in_flight(self.study):
+        room, finalists = in_flight(self.study), FINALISTS
+        if self.fleet.shared:
+            room = finalists = self.study.search.in_flight or min(room, SHARED)
+        while sum(live.searching for live in self.live.values()) < room:
             self.interrupt.check()
             if self.planner and (hopeless := self.planner.hopeless):
                 if self.live:
@@ -182,8 +187,7 @@ class Scheduler:
             if not (settled := self.fleet.in_turn(lambda: self._settled(self._searched()))):
                 break
             self._enter(settled)
-        room = in_flight(self.study) if self.fleet.shared else FINALISTS
-        while len(self.live) < room and (settled := self.fleet.in_turn(lambda: self._settled(self._finalist()))):
+        while len(self.live) < finalists and (settled := self.fleet.in_turn(lambda: self._settled(self._finalist()))):
             self._enter(settled)
 
     def _left(self) -> optuna.Trial | None:
@@ -211,26 +215,27 @@ class Scheduler:
             self.checkpoints.copy(resumes, trial.number, progress.step)
         lost = ""
         run_id = trial.user_attrs.get("run_id", "")
-        if progress.step and not self.checkpoints.fetch(trial.number, progress.step, run_id):
+        trained = progress.step == self.study.training.steps  # its checkpoint is of no use, and may be gone
+        if progress.step and not trained and not self.checkpoints.fetch(trial.number, progress.step, run_id):
             lost = f"begins anew, as its checkpoint of step {progress.step} cannot be read"
             progress = Progress()
         self.checkpoints.keep_only(trial.number, progress.step)
         entry = enter(settled, self.books, self.planner, progress)
-        deaths = trial.user_attrs.get(TAKEN, {}).get("times", 0)
+        died = deaths(trial)
         live = self.live[trial.number] = Live(
             record=entry.record,
             seeds=entry.seeds,
             searching=resumes is None and about.role != "finalist",
             spared=resumes is not None or about.role != "search",
-            suspect=deaths >= SUSPECT,
+            suspect=died >= SUSPECT,
         )
         self.display.trial(trial.number, entry.record.config, progress.step, lost or entry.note)
-        if progress.step == self.study.training.steps:  # all but the outcome was recorded
+        if trained:  # all but the outcome was recorded
             self._end(live, "complete")
         elif entry.refusal:
             self._end(live, *entry.refusal)
-        elif deaths >= POISON:
-            self._end(live, "crashed", f"{deaths} workers died in this trial, at step {progress.step}; see their logs")
+        elif died >= POISON:
+            self._end(live, "crashed", f"{died} workers died in this trial, at step {progress.step}; see their logs")
 
     # ---------------------------------------------------------------- a round
 
@@ -266,7 +271,10 @@ class Scheduler:
 
         jobs = max(passes, key=urgency)
         for job in jobs:
-            self.live[job.trial].begun = self.live[job.trial].busy = True
+            live = self.live[job.trial]
+            live.begun = live.busy = True
+            if live.suspect:
+                self.fleet.alone(live.record.trial)
         return jobs
 
     def _prune(self) -> None:
@@ -314,40 +322,45 @@ class Scheduler:
         for report in reports:
             if isinstance(report.error, StorageError):
                 raise report.error
-            if report.trial not in self.live:
-                continue
-            live = self.live[report.trial]
-            at_end = report.step == self.study.training.steps
-            if not report.error and not at_end:
-                self.checkpoints.share(live.number, report.step, live.record.run)
-            live.record.stint(report, live.losses, self.checkpoints.results(live.number) if at_end else None)
-            live.losses.clear()
-            live.busy = False
-            if report.error:
-                self._end(live, outcome(report.error), str(report.error), report.trace)
-                continue
-            self.display.evaluated(live.number, live.step, report.metrics)
-            if too_slow := live.record.too_slow:
-                self._end(live, "timed_out", too_slow)
-                continue
-            if at_end:
-                self._end(live, "complete")
-                continue
-            self.checkpoints.keep_only(live.number, live.step)
-            self.checkpoints.discard(live.number, live.record.run, live.step)
-            seconds = report.costs.get("seconds/train", 0.0) / report.made
-            self._pace |= {live.number: seconds, live.record.config.label: seconds}
+            if report.trial in self.live:
+                try:
+                    self._record(self.live[report.trial], report)
+                except UpdateFinishedTrialError:  # this process stood still just now
+                    self._lose(report.trial)
+
+    def _record(self, live: Live, report: Report) -> None:
+        """Record what came of a trial's stretch, and whether it ends."""
+        at_end = report.step == self.study.training.steps
+        if not report.error and not at_end:
+            self.checkpoints.share(live.number, report.step, live.record.run)
+        live.record.stint(report, live.losses, self.checkpoints.results(live.number) if at_end else None)
+        live.losses.clear()
+        live.busy = False
+        if report.error:
+            return self._end(live, outcome(report.error), str(report.error), report.trace)
+        self.display.evaluated(live.number, live.step, report.metrics)
+        if too_slow := live.record.too_slow:
+            return self._end(live, "timed_out", too_slow)
+        if at_end:
+            return self._end(live, "complete")
+        self.checkpoints.keep_only(live.number, live.step)
+        self.checkpoints.discard(live.number, live.record.run, live.step)
+        seconds = report.costs.get("seconds/train", 0.0) / report.made
+        self._pace |= {live.number: seconds, live.record.config.label: seconds}
+        return None
 
     # ---------------------------------------------------------------- who leaves
 
     def _check_mine(self, numbers: Sequence[int]) -> None:
         """Leave alone what others took, since this process stood still for long and was thought dead."""
         for number in numbers:
-            trial = self.live[number].record.trial
-            if not self.fleet.owns(trial):
-                self.display.lost(number)
-                self.fleet.forget(trial)
-                del self.live[number]
+            if not self.fleet.owns(self.live[number].record.trial):
+                self._lose(number)
+
+    def _lose(self, number: int) -> None:
+        """A trial is another worker's."""
+        self.display.lost(number)
+        self.fleet.forget(self.live.pop(number).record.trial)
 
     def _end(self, live: Live, how: Outcome, message: str = "", trace: str = "") -> None:
         """A trial ends with an outcome. Of pruned ones the checkpoint stays, so that they can be taken up again."""

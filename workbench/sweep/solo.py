@@ -50,11 +50,7 @@ def run(
 
     while trial := fleet.in_turn(settled):
         interrupt.check()
-        try:
-            run_trial(trial, books, shop, display, interrupt, planner)
-        except KeyboardInterrupt:
-            fleet.release(trial.trial)
-            raise
+        run_trial(trial, books, shop, display, interrupt, planner)
         fleet.forget(trial.trial)
         clock.save()
         if planner and (hopeless := planner.hopeless):

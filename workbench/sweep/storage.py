@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -70,8 +71,19 @@ class Storage(RDBStorage):
     def __init__(self, url: str, heartbeat: int, turn: Path):
         super().__init__(url)
         self.heartbeat_interval, self.grace_period = heartbeat, self.SILENT * heartbeat
-        self._turn, self._in_turn = turn, False
-        event.listen(self.engine, "handle_error", lost_connections)
+        self._turn, self._in_turn, self._lost = turn, False, -math.inf
+        event.listen(self.engine, "handle_error", self._lose)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the database has been there for so long that all who live could give a sign."""
+        return time.monotonic() - self._lost > (self.grace_period or 0)
+
+    def _lose(self, context: ExceptionContext) -> None:
+        """Let what was lost come out as `ConnectionLost`, which Optuna does not take for one of its own."""
+        if reason := away(context.sqlalchemy_exception):
+            self._lost = time.monotonic()
+            raise ConnectionLost(reason) from context.original_exception
 
     def get_heartbeat_interval(self) -> None:
         """None: `Study.optimize`, which would send signs of life if there was a number, is not used here."""
@@ -145,12 +157,6 @@ def patiently(do: Callable[[], T]) -> T:
                 raise StorageAway(f"A store was away for {PATIENCE:.0f} seconds: {error}") from error
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def lost_connections(context: ExceptionContext) -> None:
-    """Let what was lost come out as `ConnectionLost`, which Optuna does not take for one of its own."""
-    if reason := away(context.sqlalchemy_exception):
-        raise ConnectionLost(reason) from context.original_exception
 
 
 def away(error: BaseException | None) -> str:

@@ -189,7 +189,12 @@ class Tracking:
             if found and (REFERENCE in found[0].data.tags) != (REFERENCE in tags):
                 kind = "one of your own" if REFERENCE in tags else "one of imported results"
                 raise StorageError(f"There is a study {name!r} already, {kind}; give this one another name.")
-            run = found[0] if found else self.client.create_run(experiment_id, tags=known, run_name=name)
+            if not found:
+                self.client.create_run(experiment_id, tags=known, run_name=name)
+                found = _find_runs(self.client, experiment_id, known)
+            run, *twice = found  # a server that was restarted just then was asked twice
+            for other in twice:
+                self.client.delete_run(other.info.run_id)
             self.client.update_run(run.info.run_id, status="RUNNING")
             _describe(self.client, run, params, tags)
             for file, text in artifacts.items():
