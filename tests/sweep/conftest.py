@@ -90,6 +90,7 @@ class Lab:
     model: Path
     data: Path
     name: str = "tiny"
+    tracking: str | None = None  # a server in place of the home's own store
 
     @property
     def file(self) -> Path:
@@ -125,7 +126,7 @@ class Lab:
 
     @property
     def client(self) -> mlflow.MlflowClient:
-        return mlflow.MlflowClient(default_store(self.home)[0])
+        return mlflow.MlflowClient(self.tracking or default_store(self.home)[0])
 
     @property
     def runs(self) -> PagedList[Run]:

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+from command import workbench
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
@@ -25,6 +26,9 @@ from workbench.sweep.scheduler import Scheduler
 from workbench.training import adapted, trainee
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.chaos.place import MlflowServer  # noqa: E402
 
 # the sweep in a process of its own, which stops at step 7 of trial 1 and waits for whatever comes
 HOLDING = """
@@ -193,3 +197,39 @@ def test_a_disk_that_is_full(lab, undisturbed, words: list[str], monkeypatch: py
     assert lab.sweep(*words).code == 0
     check_complete(lab, undisturbed)
     assert [file for file in lab.home.glob("checkpoints/*/*") if file.is_file()] == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_and_another_with_another_home(lab, undisturbed, tmp_path: Path):
+    """As on two machines: they share Optuna's storage and an MLflow server, by which the checkpoint comes."""
+    server = MlflowServer(tmp_path, f"sqlite:///{tmp_path}/server.db")
+    lab.write().tracking = server.url
+    where = ["--storage", f"sqlite:///{lab.home}/optuna.db", "--tracking-uri", server.url, "--heartbeat", "1"]
+    command = [sys.executable, "-c", HOLDING, "worker", lab.file, "--home", tmp_path / "one", "--workers=1", *where]
+    server.start()
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert list(iter(process.stdout.readline, "holding\n"))[-1] != ""
+        finally:
+            process.kill()
+            process.wait()
+        (first_run,) = [run for run in lab.trials if run.data.tags["workbench.trial"] == "1"]
+        known = [file.path for file in lab.client.list_artifacts(first_run.info.run_id, "checkpoints")]
+        assert known == ["checkpoints/1-5.safetensors"]
+        done = workbench("worker", lab.file, "--home", tmp_path / "two", "--workers=1", *where)
+        assert done.code == 0, done.err
+        assert re.search("trial 1 lora: .*, from step 5\n", done.out)
+        assert first_run.info.run_id == lab.trials[1].info.run_id
+        check_complete(lab, undisturbed)
+        assert not any(lab.client.list_artifacts(run.info.run_id, "checkpoints") for run in lab.trials)
+        assert [file for file in tmp_path.glob("two/checkpoints/*/*") if file.is_file()] == []
+    finally:
+        server.stop()

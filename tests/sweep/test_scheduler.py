@@ -14,6 +14,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from safetensors.torch import load_file, save_file
 
 from workbench.errors import WorkbenchError
 from workbench.sweep.halving import Halving, rungs
@@ -43,13 +44,13 @@ def train(shop: Workshop, jobs: Sequence[Job], on_step: Callable[[int, int, floa
     """In place of `Workshop.train`. A checkpoint holds the steps that were made."""
     reports = []
     for job in jobs:
-        made = [*map(int, job.begin.read_text().split())] if job.begin else []
+        made = load_file(job.begin)["steps"].tolist() if job.begin else []
         before = len(made)
         for step in range(len(made) + 1, job.until + 1):
             made.append(step)
             on_step(job.trial, step, 1 / step)
         assert made == [*range(1, job.until + 1)]
-        job.end.write_text(" ".join(map(str, made)))
+        save_file({"steps": torch.tensor(made)}, job.end, {"step": str(job.until), "config": "made up"})
         if job.results:
             (job.results / "adapter").mkdir(parents=True, exist_ok=True)
             (job.results / "adapter" / "adapter_model.safetensors").write_bytes(b"")
