@@ -344,7 +344,7 @@ def test_text(monkeypatch: pytest.MonkeyPatch) -> None:
         tokenizer_name_or_path="words",
         tokenizer_kwargs={"trust_remote_code": True, "use_fast": False},
     )
-    assert asked == {"name": "words", "use_fast": False}
+    assert asked == {"name": "words", "use_fast": False, "trust_remote_code": False}
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, model.word_embeddings.weight[[4, 5, 4]])
 
 
