@@ -45,8 +45,9 @@ def test_there_are_studies_for_three_tasks():
 @pytest.mark.parametrize(("file", "label"), ENTRIES, ids=[f"{file.stem}-{label}" for file, label in ENTRIES])
 def test_a_shipped_study_runs(file: Path, label: str, tmp_path: Path):
     study = load_study(shortened(file, label, tmp_path))
-    tracking, artifacts = default_store(tmp_path / "home")
-    stores = Stores(tmp_path / "home", f"sqlite:///{tmp_path / 'home' / 'optuna.db'}", tracking, artifacts, heartbeat=15)
+    home = tmp_path / "home"
+    tracking, artifacts = default_store(home)
+    stores = Stores(home, f"sqlite:///{home / 'optuna.db'}", tracking, artifacts, heartbeat=15)
     sweep(study, stores, Display(study, Console(quiet=True)))
     (trial,) = frames.trials(tracking, study.name).to_dict("records")
     assert (trial["outcome"], trial["label"]) == ("complete", label), trial["message"]
