@@ -40,6 +40,7 @@ TrackingUri = Annotated[
 Storage = Annotated[
     str | None, typer.Option(envvar="WORKBENCH_STORAGE", help="Optuna's storage URL, in place of the embedded store.")
 ]
+Trials = Annotated[int | None, typer.Option(min=1, help="Trials in all, in place of the file's budget.trials.")]
 Heartbeat = Annotated[
     int,
     typer.Option(
@@ -67,9 +68,7 @@ def sweep(
     home: Home = RUNS,
     tracking_uri: TrackingUri = None,
     storage: Storage = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Trials in all, in place of the file's budget.trials.")
-    ] = None,
+    trials: Trials = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -206,9 +205,7 @@ def worker(
     home: Home = RUNS,
     tracking_uri: TrackingUri = None,
     storage: Storage = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Trials in all, in place of the file's budget.trials.")
-    ] = None,
+    trials: Trials = None,
     workers: Annotated[
         int | None,
         typer.Option(

@@ -37,7 +37,6 @@ class Fleet:
 
     Args:
         home: the folder of the study's files. Workers that share it know of each other's end at once.
-
         shared: whether others are expected to join.
 
     Attributes:

@@ -69,9 +69,10 @@ def sweep(
         StudyFails: its trials only fail.
     """
     with only_one(stores.home, study.name):
-        known = stored_study(study, stores)
-        for number in pruned:
-            check_pruned(study, stores.home, known, number)
+        if pruned:
+            known = stored_study(study, stores)
+            for number in pruned:
+                check_pruned(study, stores.home, known, number)
         return take_part(study, stores, display, False, workers, alone, pruned, max_failures)
 
 
