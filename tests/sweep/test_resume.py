@@ -19,7 +19,7 @@ from command import workbench
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from workbench.sweep import entry, workshop
+from workbench.sweep import entry, run, workshop
 from workbench.sweep.checkpoints import Checkpoints
 from workbench.sweep.record import Record
 from workbench.sweep.scheduler import Scheduler
@@ -167,6 +167,26 @@ def test_ctrl_c_before_the_first_trial_leaves_nothing_to_mend(lab, undisturbed, 
         patch.setattr(workshop, "load_base", interrupt)
         assert lab.write().sweep().code == 130
     assert "study tiny: 3 trials" in lab.sweep().out
+    check_complete(lab, undisturbed)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_when_the_study_s_run_is_opened(lab, undisturbed, monkeypatch: pytest.MonkeyPatch, times: int):
+    """Nobody else would close it. A second Ctrl-C is not kept waiting."""
+
+    def opened(*args: Any) -> Any:
+        parent = open_parent(*args)
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        return parent
+
+    open_parent = run.open_parent
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "open_parent", opened)
+        assert lab.write().sweep().code == 130
+    assert lab.parent.info.status == ("KILLED" if times == 1 else "RUNNING")
+    assert not lab.study.trials
+    assert lab.sweep().code == 0
     check_complete(lab, undisturbed)
 
 

@@ -94,9 +94,9 @@ class Fleet:
         before, times = trial.user_attrs.get(WORKER), deaths(trial)
         if before not in (None, "", self.name) and (times < SUSPECT or trial.user_attrs.get(ALONE) == before):
             trial.set_user_attr(TAKEN, {"step": step(trial), "times": times + 1})
+        self._trials.add(trial._trial_id)  # before it is written: what a signal cuts off here is left, too
         self._storage.record_heartbeat(trial._trial_id)  # first, as who never gave a sign is never missed
         trial.set_user_attr(WORKER, self.name)
-        self._trials.add(trial._trial_id)
 
     def alone(self, trial: optuna.Trial) -> None:
         """Note that a trial trains now, by itself."""

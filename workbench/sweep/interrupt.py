@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -17,7 +19,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._held = False
 
     def __enter__(self) -> Interrupt:
         self._main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
@@ -33,8 +35,18 @@ class Interrupt:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        raise KeyboardInterrupt
+        again, self.asked = self.asked, True
+        if again or not self._held:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a first Ctrl-C wait for `check`, where half of the work must not be left behind."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that was asked for, if it got lost."""

@@ -132,17 +132,19 @@ def take_part(
             fingerprint = f"{shop.base.fingerprint}:{shop.data(()).fingerprint}"
             optuna_study = patiently(lambda: open_optuna(study, storage, fingerprint))
             fleet = Fleet(optuna_study, storage, stores.home, shared)
-            parent = fleet.in_turn(lambda: open_parent(study, stores, tracking, shop, meter))
             checkpoints = fleet.in_turn(
                 lambda: Checkpoints(stores.home, optuna_study, None if stores.artifacts else tracking)
             )
-        checkpoints.tidy(earlier)
-        display.begin(earlier, shop.notes)
-
-        books, clock = Books(study, optuna_study, tracking, parent, shop.raw.fingerprint), Clock(optuna_study)
-        failures = None if max_failures is None else Failures(optuna_study, max_failures)
-        status: Status | None = "FAILED"
+            checkpoints.tidy(earlier)
+            clock = Clock(optuna_study)
+            failures = None if max_failures is None else Failures(optuna_study, max_failures)
+            status: Status | None = "FAILED"
+            with interrupt.held():  # whoever sets the study's run running also closes it
+                parent = fleet.in_turn(lambda: open_parent(study, stores, tracking, shop, meter))
+                books = Books(study, optuna_study, tracking, parent, shop.raw.fingerprint)
         try:
+            display.begin(earlier, shop.notes)
+            interrupt.check()
             with fleet.joined():
                 if alone:
                     solo.run(books, shop, clock, display, interrupt, fleet, planner, failures)
@@ -284,6 +286,7 @@ def open_parent(study: Study, stores: Stores, tracking: Tracking, shop: Workshop
         "workbench.metric": study.objective.metric,
         "workbench.goal": study.objective.goal,
         "workbench.also": " ".join(study.objective.also),
+        "workbench.budget": json.dumps(study.budget.model_dump(exclude_none=True) | {"methods": len(study.methods)}),
         "workbench.per_method": json.dumps(study.budget.per_method.given) if study.budget.per_method else "",
         "workbench.finalists": json.dumps(study.finalists.model_dump()) if study.finalists else "",
         "workbench.test_rows": str(raw.rows.get("test", 0)),
