@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.sweep.display import Display
     from workbench.sweep.spec import Study
     from workbench.sweep.stores import Stores
+    from workbench.tracking.registry import Version
 
 app = typer.Typer(
     help="Find the best parameter-efficient fine-tuning method for a model, a data set and a memory budget.",
@@ -55,6 +57,7 @@ MaxFailures = Annotated[
 Format = Literal["table", "markdown", "latex", "csv"]
 Split = Literal["test", "validation"]
 Launcher = Literal["processes", "ray", "slurm"]
+ExportFormat = Literal["peft", "merged"]
 RUNS = Path("runs")
 HEARTBEAT = 15
 MAX_FAILURES = 20
@@ -155,6 +158,8 @@ def sweep(
     for advice in edges(loaded, ended):
         display.say(f"note: {advice}")
     winner = frames.ranked(table, objective.goal).iloc[0]
+    if loaded.registration and (table["outcome"] == "complete").any():
+        enter_registry(loaded, where, display)
     if winner["outcome"] != "complete":
         display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
         raise typer.Exit(1)
@@ -168,6 +173,16 @@ def sweep(
         "after changing the file, and the study's name in it": ["validate", str(study)],
     }.items():
         display.say(f"  {COMMAND} {shlex.join(words)}  # {what}")
+
+
+def enter_registry(study: Study, where: Stores, display: Display) -> None:
+    """Register the best trial, if it beats the champion. A sweep that went well stays one if this does not."""
+    from workbench.sweep.champion import compete
+
+    try:
+        display.say(f"registry: {compete(study, where, display.say)}")
+    except WorkbenchError as error:
+        display.say(f"registry: nothing was registered. {error}")
 
 
 def on_gpus(device: str, workers: int | None) -> bool:
@@ -483,6 +498,129 @@ def promote(
         reading = read_test(study, stores(home, tracking_uri, None), status.update, again)
     typer.echo(f"{len(reading.trials)} trials of {study} were measured on the test split; the reading is recorded")
     typer.echo(f"  {COMMAND} {shlex.join(['compare', study, *store_options(home, tracking_uri)])}  # the result")
+
+
+@app.command()
+def register(
+    study: Annotated[str, typer.Argument(help="A study's name.", show_default=False)],
+    name: Annotated[str, typer.Option(help="The registered model.", show_default=False)],
+    best: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Take the trial that is best by this validation metric. Default: the configuration that `compare` has "
+            "first, of its runs the best.",
+            show_default=False,
+        ),
+    ] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="Take this trial.", show_default=False)] = None,
+    alias: Annotated[str, typer.Option(help="Let this alias point at the new version.", show_default=False)] = "",
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Make a trial a version of a model in MLflow's registry: its adapter, its tokenizer, and how to use them.
+
+    The version is loaded again first, and must predict on validation what the trial predicted.
+    """
+    from rich.console import Console
+
+    from workbench.sweep.register import register as make
+
+    if best and trial is not None:
+        raise typer.BadParameter("--best goes without --trial")
+    where = stores(home, tracking_uri, None)
+    with Console(stderr=True, highlight=False).status("") as status:
+        made = make(study, where, name, alias, status.update, trial, best)
+    announce(made, alias, home, tracking_uri)
+
+
+def announce(made: Version, alias: str, home: Path, tracking_uri: str | None) -> None:
+    """Say what was registered, and how it is used."""
+    facts, stored = made.facts, store_options(home, tracking_uri)
+    uri = f"models:/{made.name}@{alias}" if alias else made.uri
+    typer.echo(f"{uri} is version {made.number}: trial {facts['trial']} of {facts['study']}, {facts['label']}")
+    typer.echo(f"{facts['parity']}. Next:")
+    for what, words in {
+        "predict": ["predict", uri, "--input", "rows.csv", *stored],
+        "see its versions in a browser": ["dashboard", *stored],
+    }.items():
+        typer.echo(f"  {COMMAND} {shlex.join(words)}  # {what}")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.", show_default=False)],
+    input: Annotated[
+        str, typer.Option("--input", "-i", help="Rows: a .csv or .jsonl file; - reads JSON lines.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A .csv or .jsonl file. Default: JSON lines.", show_default=False),
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Of every class.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of texts. Default: as in the study.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the base model, where it is not as recorded.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Predict rows with a registered version, as they come: no file is too long.
+
+    The columns of the input are those of the study's data; they stand in the output too, before the prediction. No code
+    of the version is run.
+    """
+    from rich.console import Console
+
+    from workbench.serving.stream import predict as run
+    from workbench.tracking import registry
+
+    uri = stores(home, tracking_uri, None).tracking
+    with Console(stderr=True, highlight=False).status("loading the model ...") as status, TemporaryDirectory() as place:
+        folder = registry.fetch(uri, registry.find(uri, model), Path(place))
+        count = run(
+            folder,
+            input,
+            output,
+            lambda rows: status.update(f"{rows:,} rows"),
+            base=base,
+            device=device,
+            probabilities=probabilities,
+            max_new_tokens=max_new_tokens,
+        )
+    print(f"{count:,} rows predicted{f' in {output}' if output else ''}", file=sys.stderr)
+
+
+@app.command()
+def export(
+    study: Annotated[str, typer.Argument(help="A study's name.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.", show_default=False)],
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="The trial's number. Default: the best.", show_default=False)
+    ] = None,
+    format: Annotated[
+        ExportFormat, typer.Option(help="peft: the adapter. merged: the whole model, the adapter merged into it.")
+    ] = "peft",
+    home: Home = RUNS,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Write a trial's adapter, or the base model with it merged in, for use without workbench.
+
+    peft's `PeftModel.from_pretrained` loads the one, transformers' `from_pretrained` the other; so it does the
+    tokenizer, which lies beside.
+    """
+    from rich.console import Console
+
+    from workbench.sweep.export import export as write
+
+    with Console(stderr=True, highlight=False).status("") as status:
+        code = write(study, stores(home, tracking_uri, None), folder, format, status.update, trial)
+    typer.echo(f"{folder}: load it with\n")
+    typer.echo(code)
 
 
 @app.command("import-results")

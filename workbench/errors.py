@@ -7,6 +7,7 @@ WorkbenchError
 ├── StudyFails               all trials of a study fail, so it was stopped
 ├── DataError                a data set cannot be found, read or does not hold the named columns
 ├── ModelError               a base model or its tokenizer cannot be loaded
+├── ParityError              a version that was loaded again predicts otherwise than its trial
 ├── AdapterError             the adapter core refuses (also a ValueError, as users of peft expect)
 │   ├── ConfigError          a configuration field has a value that the method refuses
 │   │   └── ConfigTypeError  the value is of another type than the field (also a TypeError)
@@ -77,6 +78,10 @@ class DataError(WorkbenchError):
 
 class ModelError(WorkbenchError):
     """A base model or tokenizer cannot be loaded."""
+
+
+class ParityError(WorkbenchError):
+    """What was saved does not predict what was measured."""
 
 
 class AdapterError(WorkbenchError, ValueError):

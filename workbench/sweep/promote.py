@@ -75,15 +75,15 @@ def promote(name: str, stores: Stores, say: Say, again: str = "") -> Reading:
         about = recorded_study(stores.tracking, name)
         trials = frames.trials(stores.tracking, name)
         chosen = candidates(trials, about)
-        readings = [Reading(**known) for known in json.loads(about.tags.get(READINGS, "[]"))]
-        reading = next_reading(name, readings, chosen["number"].tolist(), again)
+        known = readings(about)
+        reading = next_reading(name, known, chosen["number"].tolist(), again)
         study = load_study(about.file, about.text)
         say("reading the data and loading the base model ...")
         shop = Workshop.open(study, stores.home)
-        check_same(about, shop)
+        check_same(about, shop.base.fingerprint, shop.raw.fingerprint)
         tracking = open_tracking(stores.tracking, stores.artifacts)
         parent = Run(tracking.client, about.run_id)
-        earlier = [known for known in readings if known.time != reading.time]
+        earlier = [one for one in known if one.time != reading.time]
         note(parent, [*earlier, reading])
         tracking.log_dataset(parent, name, study.data.path or study.data.test or "", shop.raw.fingerprint, "test")
         for done, (number, run_id) in enumerate(zip(chosen["number"], chosen["run_id"], strict=True), 1):
@@ -115,25 +115,30 @@ def candidates(trials: pd.DataFrame, about: RecordedStudy) -> pd.DataFrame:
     return complete.loc[best.idxmax() if about.tags["workbench.goal"] == "maximize" else best.idxmin()]
 
 
-def next_reading(name: str, readings: Sequence[Reading], trials: list[int], again: str) -> Reading:
+def next_reading(name: str, known: Sequence[Reading], trials: list[int], again: str) -> Reading:
     """The reading that is to come, or the last one if it was cut off.
 
     Raises:
         StorageError: the split was read.
     """
-    if readings and not readings[-1].ended and set(readings[-1].trials) == set(trials):
-        return readings[-1]
-    if readings and not again:
+    if known and not known[-1].ended and set(known[-1].trials) == set(trials):
+        return known[-1]
+    if known and not again:
         raise StorageError(
-            f"The test split of {name!r} was read on {readings[-1].time}. What is chosen after a look at it is no "
+            f"The test split of {name!r} was read on {known[-1].time}. What is chosen after a look at it is no "
             'longer tested by it; if it must be, `--again "why"` reads it once more and is recorded.'
         )
     return Reading(datetime.now(UTC).isoformat(timespec="seconds"), trials, again)
 
 
-def note(parent: Run, readings: Sequence[Reading]) -> None:
+def readings(about: RecordedStudy) -> list[Reading]:
+    """The readings of a study's test split so far."""
+    return [Reading(**known) for known in json.loads(about.tags.get(READINGS, "[]"))]
+
+
+def note(parent: Run, all_of_them: Sequence[Reading]) -> None:
     """Write the readings down."""
-    parent.tag(READINGS, json.dumps([vars(reading) for reading in readings]))
+    parent.tag(READINGS, json.dumps([vars(reading) for reading in all_of_them]))
 
 
 def measure(tracking: Tracking, shop: Workshop, run_id: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from workbench.errors import StorageError, TrialFailed
 from workbench.tracking.recorded import Recorded, RecordedStudy, recorded
+from workbench.training.halved import HALVED
 from workbench.training.stint import OnStep, Report
 
 from .match import restored
@@ -50,18 +51,25 @@ def reproduce(name: str, number: int, stores: Stores, on_step: OnStep) -> Again:
     known = recorded(stores.tracking, name, number)
     study = load_study(known.study.file, known.study.text)
     shop = Workshop.open(study, stores.home)
-    check_same(known.study, shop)
+    check_same(known.study, shop.base.fingerprint, shop.raw.fingerprint)
     config = restored(known.configuration, study)
     with tempfile.TemporaryDirectory() as folder, one_thread(shop.base.device):
         report = train(shop, config, known, Path(folder), on_step)
     return Again(config, known.step, known.metrics, report.metrics)
 
 
-def check_same(known: RecordedStudy, shop: Workshop) -> None:
-    """Refuse to compare what was trained on something else."""
-    now = {"model": shop.base.fingerprint, "data": shop.raw.fingerprint}
+def check_same(known: RecordedStudy, model: str, data: str) -> None:
+    """Refuse to compare what was trained on something else.
+
+    Args:
+        model, data: fingerprints of what is here; that of a model may be from before its weights were halved.
+
+    Raises:
+        StorageError: one is another than it was.
+    """
+    now = {"model": model, "data": data}
     for kind, before in known.fingerprints.items():
-        if now[kind] != before:
+        if now[kind].removesuffix(HALVED) != before.removesuffix(HALVED):
             raise StorageError(f"The {kind} changed since the study ran ({before} then, {now[kind]} now).")
 
 

@@ -133,6 +133,14 @@ class FinalistsSection(Section):
     orders: Positive = Field(3, description="Further seeds of the order of the data.")
 
 
+class RegisterSection(Section):
+    """At the end of the sweep the best trial becomes a version in MLflow's registry, if it beats the one that the alias
+    points at on the test split, beyond noise. This reads the test split."""
+
+    name: str | None = Field(None, description="The registered model; the study's name by default.")
+    alias: str = Field("champion", min_length=1, description="What the winner is called by: models:/NAME@ALIAS.")
+
+
 class SearchSection(Section):
     """How values are chosen and when a trial is given up."""
 
@@ -179,6 +187,7 @@ class StudyFile(Section):
     match: MatchSection | None = None
     search: SearchSection = SearchSection()
     finalists: FinalistsSection | None = None
+    registration: RegisterSection | None = Field(None, alias="register")
 
 
 class Objective(Section):
@@ -246,6 +255,7 @@ class Study(Section):
     match: MatchSection | None
     search: SearchSection
     finalists: FinalistsSection | None
+    registration: RegisterSection | None
     path: Path
     text: str
 
@@ -315,6 +325,7 @@ def load_study(path: str | Path, text: str | None = None) -> Study:
         match=file.match,
         search=_search(file),
         finalists=file.finalists,
+        registration=file.registration,
         path=Path(path),
         text=source.text,
     )

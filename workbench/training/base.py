@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -304,10 +304,22 @@ def fingerprint(network: PreTrainedModel) -> str:
     config = network.config.to_dict()
     config.pop("_name_or_path", None)  # the same model may lie elsewhere tomorrow
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    add_weights(digest, network.state_dict())
     return digest.hexdigest()[:16]
+
+
+def weights_hash(base: Base) -> str:
+    """Hash of the weights that the base's own files hold."""
+    digest, fresh = hashlib.sha256(), set(base.fresh)
+    add_weights(digest, {name: value for name, value in base.model.state_dict().items() if name not in fresh})
+    return digest.hexdigest()[:16]
+
+
+def add_weights(digest: hashlib._Hash, weights: Mapping[str, torch.Tensor]) -> None:
+    """Go on with a hash."""
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 @contextmanager

@@ -262,7 +262,7 @@ def check_rows(columns: Columns, task: Task, split: str) -> None:
             if field in lists and (not value or None in value):
                 raise DataError(f"{where} is empty or has a gap: {value!r}.")
             values[i] = [str(part) for part in value] if field in lists else str(value)
-    if task == "TOKEN_CLS":
+    if "tags" in columns:
         for i, (words, tags) in enumerate(zip(columns["tokens"], columns["tags"], strict=True)):
             if len(words) != len(tags):
                 raise DataError(f"data.tags: row {i + 1} of {split} has {len(tags)} tags for {len(words)} tokens.")

@@ -17,6 +17,7 @@ from .data import Split, collate
 from .loop import to_device
 
 ATTENTION = "workbench_float32"
+HALVED = "-bf16"  # ends the fingerprint of a base in half precision
 ROWS = 32  # that precision is compared on
 
 
@@ -43,7 +44,7 @@ def halve(base: Base, split: Split) -> tuple[Base, Difference]:
         float((after - before).abs().max() / before.abs().max().clamp_min(1e-6)),
         float((after.argmax(-1) == before.argmax(-1)).float().mean()),
     )
-    return replace(base, fingerprint=f"{base.fingerprint}-bf16"), difference
+    return replace(base, fingerprint=base.fingerprint + HALVED), difference
 
 
 def halve_weights(base: Base) -> None:
