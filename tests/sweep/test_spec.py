@@ -508,7 +508,7 @@ def test_every_key_is_documented() -> None:
         """The keys of a section, and of the sections in it."""
         fields = getattr(section, "model_fields", {})
         parts = [part for field in fields.values() for part in (field.annotation, *get_args(field.annotation))]
-        return set(fields).union(*map(inside, parts))
+        return {field.alias or name for name, field in fields.items()}.union(*map(inside, parts))
 
     keys = inside(StudyFile)
     assert {"per_method", "initialisations", "tokens"} <= keys
