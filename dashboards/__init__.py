@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from workbench.tracking.colours import COLOURS
+
 
 def launch(tracking_uri: str, optuna_url: str | None, port: int) -> tuple[list[str], dict[str, str]]:
     """The command that serves the dashboards on 127.0.0.1, and the environment variables to add for it.
@@ -24,6 +26,8 @@ def launch(tracking_uri: str, optuna_url: str | None, port: int) -> tuple[list[s
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "minimal",
+        "theme.light.primaryColor": COLOURS[0],  # what is ticked is not red, as errors are
+        "theme.dark.primaryColor": COLOURS[5],
     }
     command += [f"--{name}={value}" for name, value in options.items()]
     environment = {"MLFLOW_TRACKING_URI": tracking_uri}

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from workbench.errors import StorageError
-from workbench.tracking import frames
+from workbench.tracking import frames, stored
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def test_trials(tracking, study):
 def test_all_pages_are_read(tracking, study, monkeypatch):
     for number in range(5):
         _trial(study, number, {"lora.r": number})
-    monkeypatch.setattr(frames, "PAGE", 2)
+    monkeypatch.setattr(stored, "PAGE", 2)
+    monkeypatch.setattr(stored, "DATABASES", ())  # as if it was a server
     assert frames.trials(tracking.uri, "s")["hp.r"].tolist() == list(range(5))
 
 

@@ -12,7 +12,6 @@ from .outcomes import spelt
 
 if TYPE_CHECKING:
     import pandas as pd
-    from mlflow import MlflowClient
 
 FAILURES = ("out_of_memory", "diverged", "infeasible", "timed_out", "crashed")
 REASONS = 6  # the most that are told apart
@@ -31,15 +30,12 @@ class Spent:
         return f"{trials}, {self.steps:,} steps, {self.seconds:,.0f} s"
 
 
-def spent(client: MlflowClient, trials: pd.DataFrame, metric: str) -> dict[str, Spent]:
+def spent(trials: pd.DataFrame) -> dict[str, Spent]:
     """What the search of each method took, by label."""
     found = {}
     for label, own in counted(trials).groupby("label"):
-        steps = [
-            _steps(client, run_id, f"validation.{metric}") for run_id in own.loc[own["objective"].notna(), "run_id"]
-        ]
         seconds = float(own["seconds/total"].sum()) if "seconds/total" in own else 0.0
-        found[str(label)] = Spent(len(own), sum(steps), seconds)
+        found[str(label)] = Spent(len(own), int(own["steps"].sum()), seconds)
     return found
 
 
@@ -84,7 +80,3 @@ def failure_note(trials: pd.DataFrame) -> str:
         return ""
     first = f"{reasons.total()} of {len(trials)} trials failed" + (f": {'; '.join(told)}" if told else "")
     return first + (f" (besides, {', '.join(aside)})" if aside else "") + "."
-
-
-def _steps(client: MlflowClient, run_id: str, metric: str) -> int:
-    return max((point.step for point in client.get_metric_history(run_id, metric)), default=0)

@@ -93,7 +93,8 @@ def _kib(value: float) -> str:
     return f"{value / 1024:,.1f}" if there(value) else ""
 
 
-def _searched(row: Row) -> str:
+def searched(row: Row) -> str:
+    """Those hyperparameters that differ between trials."""
     return ", ".join(f"{name}={brief(row.hyperparameters[name])}" for name in row.searched)
 
 
@@ -133,7 +134,7 @@ COLUMNS = [
     Column("seconds", "seconds", lambda row: row.seconds, _seconds),
     Column("default", "default", lambda row: row.default, lambda row: number(row.default), paper=False),
     Column("gain", "gain", lambda row: row.gain, lambda row: signed(row.gain)),
-    Column("hyperparameters", "hyperparameters", _everything, _searched, number=False, paper=False),
+    Column("hyperparameters", "hyperparameters", _everything, searched, number=False, paper=False),
 ]
 ONLY_CSV: dict[str, Callable[[Row], Any]] = {
     "kind": lambda row: row.kind,

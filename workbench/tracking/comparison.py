@@ -142,18 +142,19 @@ class Comparison:
     tags: Mapping[str, str]
 
 
-def compare(tracking_uri: str, study: str, split: Split | None = None) -> Comparison:
+def compare(tracking_uri: str, study: str, split: Split | None = None, table: pd.DataFrame | None = None) -> Comparison:
     """Compare what a study found.
 
     Args:
         split: None takes the test split if it was read, else validation.
+        table: of `frames.trials`, where that was read already.
 
     Raises:
         StorageError: the store cannot be read, holds no such study, or the test split is asked for and was not read.
         DataError: predictions of finalists are damaged, or not of the same examples.
     """
     client = open_client(tracking_uri)
-    table = trials(tracking_uri, study)
+    table = trials(tracking_uri, study) if table is None else table
     with storage_errors(tracking_uri):
         tags = study_run(client, tracking_uri, study).data.tags
     goal: Goal = "minimize" if tags["workbench.goal"] == "minimize" else "maximize"
@@ -186,7 +187,7 @@ def compare(tracking_uri: str, study: str, split: Split | None = None) -> Compar
     groups = promoted if split == "test" else groups
     with tempfile.TemporaryDirectory() as folder, storage_errors(tracking_uri):
         scores = dict(_scores(client, Path(folder), groups, split, found.metric))
-        used = spent(client, table, found.metric)
+        used = spent(table)
     sure = [describe.several(trial, groups[trial], kind) for trial in scores]
     sure = _sorted(_judged(sure, list(scores.values()), found.costs, goal), goal)
     others = describe.best_of_others({row.label for row in sure})

@@ -20,6 +20,7 @@ from . import stats
 from .budgets import counted
 from .colours import COLOURS
 from .compare_formats import number
+from .searched import NEAR_BEST
 
 if TYPE_CHECKING:
     from .comparison import Comparison, Row
@@ -28,7 +29,7 @@ MARKERS = ["o", "s", "^", "D", "P", "v", "X"]
 INK, FAINT = "#010203", "#040506"  # stand for the page's own colours
 WIDTH = 7.5  # inches
 COSTS = {"trainable_params": "trainable parameters", "memory": "memory", "seconds": "seconds"}
-NEAR_BEST = 0.01  # share of the best value, within which a learning rate is as good
+
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a label may hold a dollar sign

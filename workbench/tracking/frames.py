@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +12,21 @@ import pandas as pd
 from workbench.errors import StorageError
 
 from .runs import REFERENCE, open_client, public_url, sqlite_file, storage_errors
+from .stored import PAGE, Stored, children
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from optuna.storages import BaseStorage
 
-PAGE = 1000  # runs a request
-STUDY_COLUMNS = ["study", "status", "metric", "goal", "optuna", "file", "reference", "split", "started", "run_id"]
+STUDY_COLUMNS = ["study", "status", "metric", "goal", "optuna", "file", "reference", "split", "started", "ended"]
+STUDY_COLUMNS += ["run_id"]
 STUDY_TAGS = ("study", "metric", "goal", "optuna", "file", "reference")
 COUNTS = ["trainable_params", "all_params", "adapter_bytes"]  # whole numbers, which MLflow keeps as floats
 TRIAL_COLUMNS = ["number", "label", "method", "outcome", "objective", *COUNTS, "trainable_percent"]
 TRIAL_COLUMNS += ["searched", "message", "resumes", "role", "finalist_of", "init_seed", "order_seed", "config"]
-TRIAL_COLUMNS += ["started", "run_id"]
-WHOLE = [*COUNTS, "finalist_of", "init_seed", "order_seed"]
+TRIAL_COLUMNS += ["steps", "started", "ended", "run_id"]
+WHOLE = [*COUNTS, "finalist_of", "init_seed", "order_seed", "steps"]
 
 
 def studies(tracking_uri: str) -> pd.DataFrame:
@@ -32,7 +34,7 @@ def studies(tracking_uri: str) -> pd.DataFrame:
 
     Columns: study, status (MLflow's: RUNNING, FINISHED, KILLED, FAILED), metric, goal, optuna (storage URL), file,
     reference (of imported results: where they are from), split (that the objective is measured on: validation, of
-    imported results test), started (UTC), run_id. Text that was not recorded is "".
+    imported results test), started and ended (UTC), run_id. Text that was not recorded is "".
 
     Raises:
         StorageError: the store does not exist or cannot be read.
@@ -40,10 +42,11 @@ def studies(tracking_uri: str) -> pd.DataFrame:
     client = open_client(tracking_uri)
     with storage_errors(tracking_uri):
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = list(_runs(client, experiments, "tags.`workbench.kind` = 'study'"))
+        runs = _study_runs(client, experiments)
     rows = [
         {name: run.data.tags.get(f"workbench.{name}", "") for name in STUDY_TAGS}
-        | {"split": _split(run), "status": run.info.status, "started": run.info.start_time, "run_id": run.info.run_id}
+        | {"split": _split(run), "status": run.info.status, "run_id": run.info.run_id}
+        | {"started": run.info.start_time, "ended": run.info.end_time if run.info.status != "RUNNING" else None}
         for run in runs
     ]
     frame = _with_times(pd.DataFrame(rows, columns=STUDY_COLUMNS))
@@ -57,8 +60,9 @@ def trials(tracking_uri: str, study: str) -> pd.DataFrame:
     results the one published, which is of the test split. `outcome` is "running" until the trial has ended; `resumes`
     is the number of the pruned trial that it takes up again, or "". `role` is search, default (a method's defaults) or
     finalist, which repeats the configuration of the trial `finalist_of` with other seeds; `config` is a hash of label
-    and hyperparameters. Then every metric under its own name, with its last value (`seconds/train`,
-    `validation.accuracy`), and the hyperparameters as `hp.<field>`, numeric where all values are.
+    and hyperparameters; `steps` those up to the last evaluation; `started` and `ended` are UTC. Then every metric
+    under its own name, with its last value (`seconds/train`, `validation.accuracy`), and the hyperparameters as
+    `hp.<field>`, numeric where all values are.
 
     Raises:
         StorageError: the store cannot be read, or holds no such study.
@@ -66,11 +70,22 @@ def trials(tracking_uri: str, study: str) -> pd.DataFrame:
     client = open_client(tracking_uri)
     with storage_errors(tracking_uri):
         parent = study_run(client, tracking_uri, study)
-        query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-        rows = [_trial_row(run) for run in _runs(client, [parent.info.experiment_id], query)]
-    frame = pd.DataFrame(rows)
+        runs = children(client, parent)
+    return table(parent, [trial_row(parent, run) for run in runs if is_trial(run)])
+
+
+def table(parent: Run, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The table of `trials` from its rows.
+
+    Args:
+        parent: the study's run.
+    """
+    frame = pd.DataFrame(list(rows))
     frame["objective"] = frame.get(f"{_split(parent)}.{parent.data.tags.get('workbench.metric')}")
-    frame = frame.reindex(columns=TRIAL_COLUMNS + [column for column in frame.columns if column not in TRIAL_COLUMNS])
+    searched = " ".join(dict.fromkeys(row["searched"] for row in rows)).split()
+    fields = dict.fromkeys(name for name in (f"hp.{field}" for field in searched) if name in frame)
+    known = dict.fromkeys([*TRIAL_COLUMNS, *fields])  # hyperparameters as the study's methods have them
+    frame = frame.reindex(columns=[*known, *(name for name in frame.columns if name not in known)])
     frame = _with_times(frame).astype({"number": "int64", "objective": "float64"} | dict.fromkeys(WHOLE, "Int64"))
     for column in frame.columns[frame.columns.str.startswith("hp.")]:
         frame[column] = _numeric(frame[column])
@@ -112,6 +127,22 @@ def optuna_state(storage_url: str, study: str) -> dict[str, int]:
         StorageError: the storage does not exist, cannot be read, or holds no such study.
     """
     from optuna.trial import TrialState
+
+    with optuna_storage(storage_url, study) as (storage, study_id):
+        found = storage.get_all_trials(study_id, deepcopy=False)
+    counts = dict.fromkeys((state.name.lower() for state in TrialState), 0)
+    for trial in found:
+        counts[trial.state.name.lower()] += 1
+    return counts
+
+
+@contextmanager
+def optuna_storage(storage_url: str, study: str) -> Iterator[tuple[BaseStorage, int]]:
+    """Optuna's storage, and its id of a study.
+
+    Raises:
+        StorageError: the storage does not exist, cannot be read, or holds no such study.
+    """
     from sqlalchemy.exc import SQLAlchemyError
 
     file = sqlite_file(storage_url)
@@ -119,16 +150,12 @@ def optuna_state(storage_url: str, study: str) -> dict[str, int]:
         raise StorageError(f"There is no {file}; Optuna's state cannot be shown.")
     try:
         storage = _optuna_storage(storage_url, file.stat().st_ino if file else 0)
-        found = storage.get_all_trials(storage.get_study_id_from_name(study), deepcopy=False)
+        yield storage, storage.get_study_id_from_name(study)
     except KeyError as error:
         raise StorageError(f"{public_url(storage_url)} holds no study {study!r}.") from error
     except (SQLAlchemyError, ImportError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise StorageError(f"Optuna's storage {public_url(storage_url)} cannot be read: {reason}") from error
-    counts = dict.fromkeys((state.name.lower() for state in TrialState), 0)
-    for trial in found:
-        counts[trial.state.name.lower()] += 1
-    return counts
 
 
 @cache
@@ -142,14 +169,16 @@ def _optuna_storage(url: str, inode: int) -> BaseStorage:
     return get_storage(url)
 
 
-def _runs(client: MlflowClient, experiments: list[str], query: str) -> Iterator[Run]:
+def _study_runs(client: MlflowClient, experiments: list[str]) -> list[Run]:
+    found: list[Run] = []
     token: str | None = None
     while experiments:
-        page = client.search_runs(experiments, query, max_results=PAGE, page_token=token)
-        yield from page
+        page = client.search_runs(experiments, "tags.`workbench.kind` = 'study'", max_results=PAGE, page_token=token)
+        found += page
         token = page.token
         if not token:
-            return
+            break
+    return found
 
 
 def study_run(client: MlflowClient, uri: str, study: str) -> Run:
@@ -171,25 +200,33 @@ def _split(study: Run) -> str:
     return "test" if REFERENCE in study.data.tags else "validation"
 
 
-def _trial_row(run: Run) -> dict[str, Any]:
-    tags = run.data.tags
+def is_trial(run: Stored) -> bool:
+    """Whether a run below a study's is one of its trials."""
+    return "workbench.trial" in run.tags
+
+
+def trial_row(parent: Run, run: Stored) -> dict[str, Any]:
+    """A row of `trials`, but for the objective."""
+    tags = run.tags
     label = tags.get("workbench.label", "")
-    running = run.info.status == "RUNNING"
+    running = run.status == "RUNNING"
     return {
         "number": int(tags["workbench.trial"]),
         "label": label,
         "method": tags.get("workbench.method", ""),
         "searched": tags.get("workbench.searched", ""),
-        "outcome": "running" if running else tags.get("workbench.outcome", run.info.status.lower()),
+        "outcome": "running" if running else tags.get("workbench.outcome", run.status.lower()),
         "message": tags.get("workbench.message", ""),
         "resumes": tags.get("workbench.resumes", ""),
         "role": tags.get("workbench.role", "search"),
         "config": tags.get("workbench.config", ""),
         **{name: whole(tags.get(f"workbench.{name}")) for name in ("finalist_of", "init_seed", "order_seed")},
-        "started": run.info.start_time,
-        "run_id": run.info.run_id,
-        **run.data.metrics,
-        **{f"hp.{key.removeprefix(f'{label}.')}": value for key, value in run.data.params.items()},
+        "steps": run.steps.get(f"validation.{parent.data.tags.get('workbench.metric')}"),
+        "started": run.start,
+        "ended": None if running else run.end,
+        "run_id": run.run_id,
+        **run.metrics,
+        **{f"hp.{key.removeprefix(f'{label}.')}": value for key, value in run.params.items()},
     }
 
 
@@ -199,7 +236,8 @@ def whole(text: str | None) -> int | None:
 
 
 def _with_times(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(started=pd.to_datetime(frame["started"], unit="ms", utc=True))
+    times = [name for name in ("started", "ended") if name in frame]
+    return frame.assign(**{name: pd.to_datetime(frame[name], unit="ms", utc=True) for name in times})
 
 
 def _numeric(column: pd.Series) -> pd.Series:
