@@ -83,6 +83,7 @@ class Server:
             RuntimeError: it ended instead.
         """
         options = ["-D", str(self.data), "-p", str(self.port), "-h", "127.0.0.1", "-c", "unix_socket_directories="]
+        options += ["-c", "fsync=off"]  # only a machine that loses its power could tell
         options += ["-c", "max_connections=500"]  # a test that ends leaves its connections to the garbage collector
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

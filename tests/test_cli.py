@@ -101,6 +101,7 @@ def test_the_next_commands_work_as_they_are_printed(swept):
     commands = [line.strip().partition("  # ")[0] for line in told]
     assert commands == [
         f"workbench compare small --home '{home}'",
+        f"workbench register small --name small --alias champion --home '{home}'",
         f"workbench dashboard --home '{home}'",
         f"workbench show small --home '{home}'",
         f"workbench validate {file}",

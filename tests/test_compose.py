@@ -281,7 +281,7 @@ class Stack:
         while subprocess.run(test, env=self.environment(name), capture_output=True, check=False).returncode:
             for process in self.processes[name]:
                 assert process.poll() is None, f"{name} ended: {self.log(name)}"
-            time.sleep(0.2)
+            time.sleep(0.5)  # a check is a program that takes time from what starts
 
     def wait_until_done(self, name: str) -> None:
         """Wait until all processes of the service have ended well."""
@@ -309,6 +309,19 @@ def stack(folder: Path, **variables: str) -> Iterator[Stack]:
             made.stop()
 
 
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Services that can be started, with databases that the migration has made: it takes as long as a study."""
+    folder = tmp_path_factory.mktemp("services")
+    (folder / "studies").mkdir()
+    (folder / "studies" / "small.yaml").write_text(STUDY)
+    (folder / "studies" / "assets").symlink_to(ROOT / "studies" / "assets")
+    with stack(folder, STUDY="small.yaml", STUDIES=str(folder / "studies")) as made:
+        made.start("migrate")
+        made.wait_until_done("migrate")
+        yield made
+
+
 def status(url: str, host: str) -> int:
     """The HTTP status with which a URL answers one who calls it by this name."""
     try:
@@ -320,36 +333,33 @@ def status(url: str, host: str) -> int:
 
 @needs_postgres
 @pytest.mark.slow
-def test_the_services_run_a_study_together(tmp_path: Path) -> None:
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "small.yaml").write_text(STUDY)
-    (tmp_path / "studies" / "assets").symlink_to(ROOT / "studies" / "assets")
-    with stack(tmp_path, STUDY="small.yaml", STUDIES=str(tmp_path / "studies")) as services:
-        services.start("worker-cpu", count=2)
-        for name in ("dashboard", "optuna-dashboard"):
-            services.start(name)
-            services.wait_until_healthy(name)
-        services.wait_until_done("worker-cpu")
+def test_the_services_run_a_study_together(services: Stack) -> None:
+    services.start("worker-cpu", count=2)
+    for name in ("dashboard", "optuna-dashboard"):
+        services.start(name)
+        services.wait_until_healthy(name)
+    services.wait_until_done("worker-cpu")
 
-        tracking, database = services.url("mlflow"), services.database
-        trials = frames.trials(tracking, "small")
-        assert list(trials["outcome"]) == ["complete"] * 3
-        assert database.psql("SELECT state, count(*) FROM trials GROUP BY state", "optuna") == "COMPLETE|3"
-        for run in trials["run_id"]:
-            assert database.psql(f"SELECT status FROM runs WHERE run_uuid = '{run}'", "mlflow") == "FINISHED"
-            (adapter,) = (tmp_path / "volumes" / "mlflow" / "artifacts").glob(f"*/{run}/**/adapter_model.safetensors")
-            assert adapter.stat().st_size
-        with urlopen(services.url("optuna-dashboard") + "/api/studies") as answer:
-            assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["small"]
+    tracking, database = services.url("mlflow"), services.database
+    trials = frames.trials(tracking, "small")
+    assert list(trials["outcome"]) == ["complete"] * 3
+    assert database.psql("SELECT state, count(*) FROM trials GROUP BY state", "optuna") == "COMPLETE|3"
+    for run in trials["run_id"]:
+        assert database.psql(f"SELECT status FROM runs WHERE run_uuid = '{run}'", "mlflow") == "FINISHED"
+        (adapter,) = (services.folder / "volumes" / "mlflow").glob(f"artifacts/*/{run}/**/adapter_model.safetensors")
+        assert adapter.stat().st_size
+    with urlopen(services.url("optuna-dashboard") + "/api/studies") as answer:
+        assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["small"]
 
-        # MLflow answers those that call it by its name, and no page that lets a name of its own point to 127.0.0.1
-        api, port = tracking + "/api/2.0/mlflow/experiments/get?experiment_id=0", services.ports["mlflow"]
-        assert [status(api, f"{host}:{port}") for host in ("mlflow", "localhost", "127.0.0.1")] == [200] * 3
-        assert status(api, f"elsewhere.example:{port}") == 403
+    # MLflow answers those that call it by its name, and no page that lets a name of its own point to 127.0.0.1
+    api, port = tracking + "/api/2.0/mlflow/experiments/get?experiment_id=0", services.ports["mlflow"]
+    assert [status(api, f"{host}:{port}") for host in ("mlflow", "localhost", "127.0.0.1")] == [200] * 3
+    assert status(api, f"elsewhere.example:{port}") == 403
 
-        dumps = [dump(database, name) for name in ("optuna", "mlflow")]
+    services.stop()
+    dumps = [dump(database, name) for name in ("optuna", "mlflow")]
     assert all(b"small" in text for text in dumps)
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and "secrets" not in path.parts]
+    files = [path for path in services.folder.rglob("*") if path.is_file() and "secrets" not in path.parts]
     assert {"mlflow.log", "postgres.log", "worker-cpu.log", "adapter_model.safetensors"} <= {
         path.name for path in files
     }
@@ -365,23 +375,19 @@ def dump(database: Server, name: str) -> bytes:
 
 @needs_postgres
 @pytest.mark.slow
-def test_the_migration_does_what_is_left_to_do_and_never_goes_back(tmp_path: Path) -> None:
-    with stack(tmp_path) as services:
-        database = services.database
-        services.start("migrate")
-        services.wait_until_done("migrate")
-        made = [f"made database {name}\n" for name in ("optuna", "mlflow", "mlflow_s3")]
-        assert all(line in services.log("migrate") for line in made)
-        versions = [database.psql("SELECT * FROM alembic_version", name) for name in ("optuna", "mlflow", "mlflow_s3")]
+def test_the_migration_does_what_is_left_to_do_and_never_goes_back(services: Stack) -> None:
+    database, names = services.database, ("optuna", "mlflow", "mlflow_s3")
+    assert [services.log("migrate").count(f"made database {name}\n") for name in names] == [1] * 3
+    versions = [database.psql("SELECT * FROM alembic_version", name) for name in names]
 
-        database.psql("DROP DATABASE mlflow_s3")
-        services.start("migrate")
-        services.wait_until_done("migrate")
-        assert services.log("migrate").count("made database") == 4
-        for name, version in zip(("optuna", "mlflow", "mlflow_s3"), versions, strict=True):
-            assert database.psql("SELECT * FROM alembic_version", name) == version
+    database.psql("DROP DATABASE optuna")  # the one that is made again in the least time
+    services.start("migrate")
+    services.wait_until_done("migrate")
+    assert [services.log("migrate").count(f"made database {name}\n") for name in names] == [2, 1, 1]
+    assert [database.psql("SELECT * FROM alembic_version", name) for name in names] == versions
 
-        database.psql("UPDATE alembic_version SET version_num = 'of-tomorrow'", "optuna")
-        services.start("migrate")
-        assert services.processes["migrate"][-1].wait() == 1
-        assert "of-tomorrow" in services.log("migrate")
+    database.psql("UPDATE alembic_version SET version_num = 'of-tomorrow'", "optuna")
+    services.start("migrate")
+    assert services.processes.pop("migrate")[-1].wait() == 1
+    assert "of-tomorrow" in services.log("migrate")
+    database.psql(f"UPDATE alembic_version SET version_num = '{versions[0]}'", "optuna")

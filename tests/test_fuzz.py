@@ -16,7 +16,7 @@ from benchmarks.chaos.watch import watched  # noqa: E402
 
 
 def test_every_file_is_refused_or_does() -> None:
-    done = fuzz(studies=16, checkpoints=32, number=None)
+    done = fuzz(studies=12, checkpoints=20, number=None)
     for kind, found in done.items():
         assert found.failures == [], kind
         assert found.refused.total() > 5, kind

@@ -19,10 +19,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "adapters": set(),
     "training": {"adapters"},
+    "serving": {"adapters", "training"},
     "tracking": set(),
-    "sweep": {"adapters", "training", "tracking"},
+    "sweep": {"adapters", "training", "serving", "tracking"},
     "dashboards": {"tracking"},
-    "cli": {"adapters", "training", "tracking", "sweep", "dashboards"},
+    "cli": {"adapters", "training", "serving", "tracking", "sweep", "dashboards"},
     "__main__": {"cli"},
 }
 ADAPTERS_MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm"} | sys.stdlib_module_names
@@ -122,7 +123,7 @@ def test_adapters_load_alone() -> None:
 
 
 def test_dashboards_load_without_torch() -> None:
-    code = "import dashboards.overview, mlflow, optuna, streamlit, workbench.tracking.frames, workbench.tracking.runs"
+    code = "import dashboards.compare, mlflow, optuna, streamlit, workbench.tracking.frames, workbench.tracking.runs"
     loaded = loaded_by("-c", code)
     assert {"mlflow", "optuna", "streamlit"} <= loaded
     assert loaded & {"torch", "transformers"} == set()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sqlite3
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import optuna
@@ -16,6 +18,7 @@ import torch
 from command import Done, workbench
 from mlflow.entities import Run
 from mlflow.store.entities import PagedList
+from sqlalchemy import Engine, event
 from transformers import BertConfig, BertModel
 
 from workbench.tracking.runs import default_store, open_tracking
@@ -40,6 +43,20 @@ def small_and_quick() -> Iterator[None]:
     yield
     gc.unfreeze()
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stores_do_not_wait_for_the_disk() -> Iterator[None]:
+    """At each of the hundreds of commits of a sweep, which takes as long again as all else. Only a machine that loses
+    its power could tell; a process that is killed cannot."""
+
+    def connected(connection: Any, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", connected)
+    yield
+    event.remove(Engine, "connect", connected)
 
 
 @pytest.fixture(scope="session")

@@ -145,12 +145,12 @@ def test_optuna_samplers_by_name_are_seeded(new_lab: Any, tmp_path: Path, name: 
     for i, seed in enumerate((1, 1, 2)):
         lab = new_lab(tmp_path / str(i))
         search = f"search: {{sampler: {name}, pruner: none, seed: {seed}, in_flight: 2}}\n"
-        lab.write(TWO, "{per_method: {trials: 5}}", "", search)
+        lab.write(TWO, "{per_method: {trials: 3}}", "", search)
         lab.file.write_text(lab.file.read_text().replace("steps: 10", "steps: 1").replace("eval_every: 5, ", ""))
         done = lab.sweep("--workers", "1")
         assert done.code == 0, done.err
         drawn_values.append([trial.params for trial in lab.study.get_trials()])
-        assert labels(lab) == {"lora": 5, "ia3": 5}
+        assert labels(lab) == {"lora": 3, "ia3": 3}
     assert drawn_values[0] == drawn_values[1] != drawn_values[2]
 
 

@@ -32,13 +32,21 @@ def ended(lab: Any) -> dict[int, str]:
 # ---------------------------------------------------------------- constraints
 
 
+@pytest.fixture(scope="module")
+def unlimited(new_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """A run for each rank."""
+    lab = new_lab(tmp_path_factory.mktemp("unlimited"))
+    assert lab.write(RANKS, "{trials: 5}", more=GRID).sweep().code == 0
+    return lab.trials
+
+
 @pytest.mark.parametrize("how", [(), ("--solo",)])
 @pytest.mark.parametrize("limit", ["trainable_params", "adapter_bytes"])
-def test_a_trial_that_is_too_large_is_not_trained(lab: Any, limit: str, how: tuple[str, ...]) -> None:
-    lab.write(RANKS, "{trials: 5}", more=GRID).sweep()
-    sizes = {int(run.data.params["lora.r"]): int(run.data.metrics[limit]) for run in lab.trials}
+def test_a_trial_that_is_too_large_is_not_trained(
+    lab: Any, unlimited: list[Any], limit: str, how: tuple[str, ...]
+) -> None:
+    sizes = {int(run.data.params["lora.r"]): int(run.data.metrics[limit]) for run in unlimited}
     assert sorted(sizes.values()) == [sizes[r] for r in (1, 2, 4, 8, 16)]
-    lab.name = "limited"
     lab.write(RANKS, "{trials: 5}", more=GRID + f"constraints: {{{limit}: {sizes[4]}}}\n")
     done = lab.sweep(*how)
     assert done.code == 0, done.err

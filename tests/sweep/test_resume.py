@@ -64,14 +64,17 @@ def check_complete(lab: Any, undisturbed: list[tuple]) -> None:
     assert [trial.user_attrs["run_id"] for trial in lab.study.trials] == [run.info.run_id for run in lab.trials]
     assert [run.data.tags.get("workbench.message") for run in lab.trials] == [None] * 3
     lab.check_alike(lab.results(), undisturbed)
-    for run, trial in zip(lab.trials, lab.study.trials, strict=True):
-        losses = {step: -loss for step, loss in lab.curve(run, "validation.loss").items()}
+    for child, trial in zip(lab.trials, lab.study.trials, strict=True):
+        losses = {step: -loss for step, loss in lab.curve(child, "validation.loss").items()}
         assert trial.intermediate_values == pytest.approx(losses, abs=1e-6)
-        assert lab.adapter(run).joinpath("adapter_model.safetensors").is_file()
+        assert lab.adapter(child).joinpath("adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["killed", "Ctrl-C", "stopped"])
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1)],
+    ids=["killed", "killed with its workers", "Ctrl-C", "stopped"],
+)
 def test_a_process_that_ends_while_a_trial_trains(lab, undisturbed, how: signal.Signals, workers: int):
     lab.write()
     command = [sys.executable, "-c", HOLDING, "sweep", lab.file, "--home", lab.home, f"--workers={workers}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,33 +179,32 @@ def test_what_the_pruner_compares(lab, prune_by: str, sign: int, metric: str):
 
 @pytest.mark.parametrize(
     "search",
-    ["sampler: tpe, pruner: successive_halving", "sampler: tpe, pruner: median", "sampler: random, pruner: hyperband"],
+    [
+        "sampler: tpe, sampler_options: {n_startup_trials: 4}, pruner: successive_halving",
+        "sampler: tpe, sampler_options: {n_startup_trials: 4}, pruner: median",
+        "sampler: random, pruner: hyperband",
+    ],
+    ids=["halving", "median", "hyperband"],
 )
 def test_the_same_trials_and_decisions_with_any_number_of_workers_and_interruptions(
     new_lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: str
 ):
-    one, two, stopped = (write(new_lab(tmp_path / name), search) for name in ("one", "two", "stopped"))
+    labs = (new_lab(tmp_path / name) for name in ("one", "two", "stopped"))
+    one, two, stopped = (write(lab, search, budget="{trials: 12}") for lab in labs)
     assert one.sweep("--workers=1").code == 0
     assert two.sweep("--workers=2").code == 0
     assert story(two.study) == story(one.study)
     assert TrialState.PRUNED in {trial.state for trial in one.study.trials}
 
-    left = 5
+    calls = count(1)
 
     def interrupted(*args: Any) -> list[Report]:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            left = 20
+        if next(calls) in (3, 8):
             signal.raise_signal(signal.SIGINT)
         return train(*args)
 
     monkeypatch.setattr(Workshop, "train", interrupted)
-    codes = []
-    while not codes or codes[-1] == 130:
-        codes.append(stopped.sweep("--workers=1").code)
-    assert codes[-1] == 0
-    assert len(codes) > 2
+    assert [stopped.sweep("--workers=1").code for _ in range(3)] == [130, 130, 0]
     assert story(stopped.study) == story(one.study)
     assert [run.data.tags["workbench.outcome"] for run in stopped.trials] == [
         run.data.tags["workbench.outcome"] for run in one.trials

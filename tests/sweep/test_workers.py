@@ -571,6 +571,25 @@ def test_ctrl_c_is_no_death(fleets, lab):
 # -------------------------------------------------------------------- Ctrl-C
 
 
+def test_ctrl_c_in_the_middle_of_a_query(fleets, lab, monkeypatch: pytest.MonkeyPatch):
+    """It locks the database as long as anybody holds its cursor."""
+    monkeypatch.setattr("workbench.sweep.storage.PATIENCE", 1.0)
+    fleet = fleets("home")
+    trial = fleet._study.ask()
+
+    def cut_off() -> None:
+        fleet.claim(trial)
+        connection = fleet._storage.engine.raw_connection()
+        rows = connection.cursor()
+        rows.execute("select 1 from alembic_version union all select 2 from alembic_version")
+        rows.fetchone()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), fleet.joined():
+        cut_off()
+    assert lab.study.trials[0].user_attrs[WORKER] == ""
+
+
 def test_ctrl_c_gives_trials_back_and_the_study_is_closed_by_the_last(lab, trainer: Trainer):
     write(lab, 4, search="sampler: random, pruner: none, in_flight: 2")
     both, go_on = threading.Barrier(2), threading.Event()

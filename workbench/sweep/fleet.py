@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from workbench.errors import StudyFails
 
 from .budget import PROGRESS
+from .interrupt import let_go
 from .storage import ConnectionLost, Storage, locks
 
 WORKER = "worker"  # attribute of a trial: who works on it; "" or none: nobody
@@ -60,7 +61,8 @@ class Fleet:
             heart.start()
             try:
                 yield
-            except (KeyboardInterrupt, StudyFails):
+            except (KeyboardInterrupt, StudyFails) as error:
+                let_go(error)
                 self._leave()
                 raise
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -52,3 +53,14 @@ class Interrupt:
         """Raise the KeyboardInterrupt that was asked for, if it got lost."""
         if self.asked:
             raise KeyboardInterrupt
+
+
+def let_go(error: BaseException | None) -> None:
+    """Let go of what was at work where an exception came, before anything is written.
+
+    A query that a signal cut off keeps sqlite's database locked, for this process too, as long as a frame of the
+    traceback holds its cursor.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

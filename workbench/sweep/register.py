@@ -38,8 +38,8 @@ from .spec import Study, load_study
 from .stores import Stores
 
 PARITY_ROWS = 1000  # of validation that are predicted again
-# How far a probability, or a text's loss, may be off and count as the same: rows that are computed beside others differ in
-# their last digits, of which half precision has few.
+# How far a probability, or a text's loss, may be off and count as the same: rows that are computed beside others differ
+# in their last digits, of which half precision has few.
 CLOSE = {"fp32": 1e-3, "bf16": 5e-2}
 EXAMPLES = 2  # rows of input that a version shows
 SPLITS = ("test", "validation")

@@ -29,7 +29,7 @@ from .display import Display
 from .entry import Settled, enter, settle
 from .failures import Failures
 from .fleet import SUSPECT, Fleet, deaths
-from .interrupt import Interrupt
+from .interrupt import Interrupt, let_go
 from .planning import Planner
 from .pool import Crew
 from .record import INTERRUPTED, Books, Progress, Record, outcome
@@ -130,7 +130,8 @@ class Scheduler:
                     goals = self._goals() if self.live else {}
                     if goals and not self.fleet.shared:
                         self.optuna_study.set_user_attr(ROUND, goals)
-        except (KeyboardInterrupt, StudyFails):
+        except (KeyboardInterrupt, StudyFails) as error:
+            let_go(error)
             for live in self.live.values():
                 if self.fleet.owns(live.record.trial):
                     live.record.run.end("interrupted", INTERRUPTED)

@@ -22,7 +22,7 @@ from .display import Display
 from .entry import Settled, enter, settle
 from .failures import Failures
 from .fleet import Fleet
-from .interrupt import Interrupt
+from .interrupt import Interrupt, let_go
 from .planning import Planner
 from .record import INTERRUPTED, Books, Progress, outcome
 from .roles import About
@@ -136,7 +136,8 @@ def run_trial(
                 record.keep(folder, size)
     except optuna.TrialPruned as pruned:
         ending = ("pruned", str(pruned), "")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        let_go(error)
         record.run.end("interrupted", INTERRUPTED)
         raise
     except (StorageError, StorageInternalError):
