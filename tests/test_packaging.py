@@ -59,7 +59,7 @@ def test_what_the_image_runs_is_declared() -> None:
     assert imported("docker") <= set(RUNTIME) | set(SERVER)
 
 
-@pytest.mark.parametrize("extra", ["postgres", "ray", "slurm"])
+@pytest.mark.parametrize("extra", ["docs", "postgres", "ray", "slurm"])
 def test_an_extra_is_tested(extra: str) -> None:
     assert EXTRAS[extra].items() <= TEST.items()
 

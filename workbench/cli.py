@@ -58,6 +58,7 @@ Format = Literal["table", "markdown", "latex", "csv"]
 Split = Literal["test", "validation"]
 Launcher = Literal["processes", "ray", "slurm"]
 ExportFormat = Literal["peft", "merged"]
+SchemaFormat = Literal["json", "markdown"]
 RUNS = Path("runs")
 HEARTBEAT = 15
 MAX_FAILURES = 20
@@ -164,10 +165,18 @@ def sweep(
         display.say("no trial is complete: the messages above say why; tracebacks are artifacts of the runs in MLflow")
         raise typer.Exit(1)
     display.say(f"\nBest: trial {winner['number']}, {objective.metric} {winner['objective']:.4f}. Next:")
-    stored, finalists = store_options(home, tracking_uri), (table["role"] == "finalist").any()
+    stored, entered = store_options(home, tracking_uri), loaded.registration
+    finalists = (table["role"] == "finalist").any() and not entered  # ... whose test split has been read by now
+    if entered:
+        champion = f"models:/{entered.name or loaded.name}@{entered.alias}"
+        use = {"predict with the champion": ["predict", champion, "--input", "rows.csv", *stored]}
+    else:
+        named = ["--name", loaded.name, "--alias", "champion"]
+        use = {"make the best one a model that can be served": ["register", loaded.name, *named, *stored]}
     for what, words in {
         "compare the methods, with intervals and ties": ["compare", loaded.name, *stored],
         **({"measure the finalists on the test split, once": ["promote", loaded.name, *stored]} if finalists else {}),
+        **use,
         "look at the trials in a browser": ["dashboard", *stored],
         "see this table again": ["show", loaded.name, *stored],
         "after changing the file, and the study's name in it": ["validate", str(study)],
@@ -320,11 +329,16 @@ def plan(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    format: Annotated[
+        SchemaFormat, typer.Option(help="json: the schema. markdown: a page that lists every key.")
+    ] = "json",
+) -> None:
     """Print the JSON schema of study files, for editors that check and complete YAML."""
     from workbench.sweep.schema import json_schema
+    from workbench.sweep.schema_page import page
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(page() if format == "markdown" else json.dumps(json_schema(), indent=2))
 
 
 @app.command()
@@ -487,7 +501,8 @@ def promote(
 ) -> None:
     """Measure a study's finalists on the test split, once, when the search is over.
 
-    Nothing else reads that split. MLflow records every reading, and `compare` says how many there were.
+    Nothing else reads that split, but `register` in a study file, which does this first. MLflow records every reading,
+    and `compare` says how many there were.
     """
     from rich.console import Console
 

@@ -158,7 +158,6 @@ def test_a_mistake_that_only_workers_see(lab):
 @pytest.mark.parametrize(
     ("launcher", "how"),
     [
-        ("processes", "Ctrl-C"),
         ("processes", "Ctrl-C in a terminal"),
         ("processes", "killed"),
         ("ray", "Ctrl-C in a terminal"),
@@ -183,10 +182,10 @@ def test_a_sweep_that_is_stopped(lab, monkeypatch: pytest.MonkeyPatch, launcher:
     try:
         assert any("complete" in line for line in sweep.stdout)
         workers = [child for child in psutil.Process(sweep.pid).children(recursive=True) if is_worker(child.cmdline())]
-        if how == "Ctrl-C in a terminal":  # which goes to all processes of its group
+        if how == "killed":
+            sweep.kill()
+        else:  # it goes to all processes of its group
             os.killpg(sweep.pid, signal.SIGINT)
-        else:
-            sweep.send_signal(signal.SIGKILL if how == "killed" else signal.SIGINT)
         out, err = sweep.communicate()
     finally:
         sweep.kill()
