@@ -38,6 +38,8 @@ def of_trial(uri: str, study: pd.Series, trial: pd.Series) -> list[tuple[str, st
         folder = str(Path("exported") / f"{name}-{number}")
         keep = ["export", name, "--trial", number, "--format", "peft", folder, *options]
         found.append(("Write its adapter to a folder, for peft or transformers", keep))
+        version = ["register", name, "--trial", number, "--name", name, *options]
+        found.append(("Make it a version of a registered model, which predicts and is served", version))
     if trial["outcome"] == "pruned" and study["file"]:
         go_on = ["sweep", study["file"], "--resume-trial", number, *options]
         found.append(("Take it up again and train it to its last step", go_on))

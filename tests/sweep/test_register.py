@@ -305,6 +305,27 @@ def test_versions_over_one_base_load_it_once(copy: Lab, monkeypatch: pytest.Monk
     assert not np.allclose(one["score"], two["score"])
 
 
+def test_bases_with_other_heads_hold_their_weights_once(copy: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serving.SharedBase, "known", {})
+    assert register(copy, "--trial", 0).code == 0
+    (version,) = versions(copy)
+    one = registry.fetch(copy.client.tracking_uri, version, tmp_path)
+    other = shutil.copytree(one, tmp_path / "other")
+    (other / "recipe.json").write_text((one / "recipe.json").read_text().replace("positive", "good"))
+    first, second = (serving.Predictor.open(folder) for folder in (one, other))
+    assert first.base.model is not second.base.model
+    shared = {name for name, p in first.base.model.named_parameters() if name not in first.base.fresh}
+    places = dict(second.base.model.named_parameters())
+    assert {
+        name for name, p in first.base.model.named_parameters() if p.data_ptr() == places[name].data_ptr()
+    } == shared
+    assert {"bert.embeddings.word_embeddings.weight"} < shared < places.keys()
+    answers = [predictor.predict({"text": TEXTS}) for predictor in (first, second, first)]
+    assert answers[0] == answers[2]
+    assert answers[1]["score"] == answers[0]["score"]
+    assert {*answers[1]["prediction"]} <= {"good", "negative"}
+
+
 # -------------------------------------------------------------------- predictions
 
 

@@ -29,15 +29,18 @@ Answer = dict[str, Any]  # of one row, by column
 
 
 class SharedBase:
-    """A base model with which one adapter at a time computes.
+    """A base model for all adapters of this process that were trained on it. Bases that differ in their heads alone
+    share the weights below in memory.
 
     Attributes:
-        base: the model. Its own weights are never written.
-        lock: held by whoever computes.
+        base: the model.
+        fingerprint: of the weights in its files.
+        lock: held by whoever loads or computes, since an adapter may write to the base's weights while it is on.
+        known: by what they were loaded from; they live as long as the process.
     """
 
-    known: ClassVar[dict[str, SharedBase]] = {}  # by what they were loaded from; they live as long as the process
-    loading: ClassVar = threading.Lock()
+    lock: ClassVar = threading.RLock()
+    known: ClassVar[dict[str, SharedBase]] = {}
 
     def __init__(self, recipe: BaseRecipe, device: str):
         base = load_base(recipe.model, list(recipe.labels) or None, recipe.seed, device)
@@ -51,9 +54,18 @@ class SharedBase:
             )
         if recipe.precision == "bf16":
             halve_weights(base)
-        self.fingerprint, self.lock = found, threading.RLock()
+        self.fingerprint = found
         self._grown = ExitStack()  # with more tokens the model stays so: whoever shares it has the same recipe
         self.base = self._grown.enter_context(base.vocabulary(recipe.new_tokens))
+        self._share()
+
+    def _share(self) -> None:
+        """Hold the weights that another base has too in the same memory; but not those that an adapter brings."""
+        own = {name: p for name, p in self.base.model.named_parameters() if name not in self.base.fresh}
+        for other in self.known.values():
+            for name, theirs in other.base.model.named_parameters():
+                if name in own and name not in other.base.fresh and alike(own[name], theirs):
+                    own.pop(name).data = theirs.data
 
     @classmethod
     def of(cls, recipe: BaseRecipe, device: str) -> SharedBase:
@@ -63,10 +75,16 @@ class SharedBase:
             ModelError: it is missing, unreadable, or another one than the adapter was trained on.
         """
         key = f"{device} {recipe.model_dump_json(exclude={'fingerprint'})}"
-        with cls.loading:
+        with cls.lock:
             if key not in cls.known:
                 cls.known[key] = cls(recipe, device)
             return cls.known[key]
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same, and in the same place."""
+    where = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return where and torch.equal(one, other)
 
 
 class Predictor:
@@ -90,12 +108,12 @@ class Predictor:
     def __init__(self, recipe: Recipe, adapter: Path, tokenizer: Path | None = None, device: str = "auto"):
         shared = SharedBase.of(recipe.base, str(pick_device(device)))
         self.recipe, self.base, self.labels = recipe, shared.base, [*recipe.base.labels]
-        self.fingerprint, self._lock = shared.fingerprint, shared.lock
+        self.fingerprint = shared.fingerprint
         if tokenizer is not None:
             with blame(f"No tokenizer can be loaded from {tokenizer}"), quiet():
                 own = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
             self.base = replace(shared.base, tokenizer=own)
-        with self._lock, torch.random.fork_rng(devices=[]):
+        with SharedBase.lock, torch.random.fork_rng(devices=[]):
             self._model = PeftModel.from_pretrained(self.base.model, adapter).eval()
             self._model.base_model.detach()
 
@@ -140,7 +158,7 @@ class Predictor:
         split, kept = self._encoded(columns)
         count = len(next(iter(columns.values())))
         order = by_length(split, self.recipe.batch_size)
-        with self._lock:
+        with SharedBase.lock:
             self._model.base_model.attach()
             try:
                 batches = [self._batch(split, indices, max_new_tokens, probabilities) for indices in order]
@@ -155,7 +173,7 @@ class Predictor:
 
     def measure(self, split: Split) -> Measured:
         """What the adapter does on a split that its tokenizer has encoded."""
-        with self._lock:
+        with SharedBase.lock:
             self._model.base_model.attach()
             try:
                 settings = TrainingSection(steps=1, eval_batch_size=self.recipe.batch_size)
