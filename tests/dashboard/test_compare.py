@@ -166,9 +166,9 @@ def test_the_chart_has_what_has_both_numbers_and_tells_outcomes_apart(store):
     assert points.index.tolist() == [0, 1, 2]
     assert points["fill"][0] > points["fill"][2]
     assert points["hyperparameters"].tolist() == [
-        "learning_rate=0.001, r=8",
+        "r=8, learning_rate=0.001",
         "learning_rate=0.01",
-        "learning_rate=0.0001, r=16",
+        "r=16, learning_rate=0.0001",
     ]
     failed, _ = charts.pareto_points(trials.assign(outcome="out_of_memory"), "trainable_params", "maximize", [])
     assert set(failed["look"]) == {"failed"}

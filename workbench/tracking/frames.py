@@ -80,14 +80,13 @@ def table(parent: Run, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     Args:
         parent: the study's run.
     """
-    frame = pd.DataFrame(list(rows))
+    rows = sorted(rows, key=lambda row: row["number"])  # a database tells them in any order, and they that of columns
+    frame = pd.DataFrame(rows)
     frame["objective"] = frame.get(f"{_split(parent)}.{parent.data.tags.get('workbench.metric')}")
     searched = " ".join(dict.fromkeys(row["searched"] for row in rows)).split()
     fields = dict.fromkeys(name for name in (f"hp.{field}" for field in searched) if name in frame)
     known = dict.fromkeys([*TRIAL_COLUMNS, *fields])  # hyperparameters as the study's methods have them
-    others = [name for name in frame.columns if name not in known]
-    others.sort(key=lambda name: name if name.startswith("hp.") else "")  # a database tells them in any order
-    frame = frame.reindex(columns=[*known, *others])
+    frame = frame.reindex(columns=[*known, *(name for name in frame.columns if name not in known)])
     frame = _with_times(frame).astype({"number": "int64", "objective": "float64"} | dict.fromkeys(WHOLE, "Int64"))
     for column in frame.columns[frame.columns.str.startswith("hp.")]:
         frame[column] = _numeric(frame[column])
