@@ -25,7 +25,8 @@ WRITES = {  # events, and which of their arguments are the paths that they chang
 }
 WITHIN = ("os.mkdir", "os.remove", "os.rmdir")  # their last argument is a descriptor of a folder, or -1
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-NOWHERE = ("/dev/null", "/dev/tty", "/dev/shm", "/proc/")
+NOWHERE = ("/dev/null", "/dev/tty", "/proc/")
+SHARED = "/dev/shm"  # processes share memory by files in it, not in its folders
 OWN = (("git", "rev-parse"), ("git", "status"), ("nvidia-smi",), ("/sbin/ldconfig",), ("gcc",), ("ld",))
 
 _watching: list[Watch] = []  # a hook cannot be taken away, so there is one, which asks who is watching
@@ -73,7 +74,7 @@ class Watch:
             return  # a descriptor: opening it was seen
         text = os.fsdecode(path)
         place = os.path.realpath(os.path.dirname(os.path.abspath(text)))  # a link itself may be replaced
-        own = any(place == folder or place.startswith(folder + os.sep) for folder in self.allowed)
+        own = place == SHARED or any(place == folder or place.startswith(folder + os.sep) for folder in self.allowed)
         if not own and not text.startswith(NOWHERE) and text not in ("", ":memory:"):
             self.seen.append(f"{name} {text}")
 

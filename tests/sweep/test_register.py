@@ -480,6 +480,7 @@ def test_mlflow_serves_it(served: Lab, tmp_path: Path):
         port = free.getsockname()[1]
     words = ["models", "serve", "--model-uri", "models:/best@champion", "--env-manager", "local", "--host", "127.0.0.1"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", *words, "--port", str(port)],
         cwd=tmp_path,

@@ -90,7 +90,7 @@ def table(parent: Run, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     frame = _with_times(frame).astype({"number": "int64", "objective": "float64"} | dict.fromkeys(WHOLE, "Int64"))
     for column in frame.columns[frame.columns.str.startswith("hp.")]:
         frame[column] = _numeric(frame[column])
-    return frame.sort_values("number", ignore_index=True)
+    return frame
 
 
 def ranked(trials: pd.DataFrame, goal: str) -> pd.DataFrame:
