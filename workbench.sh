@@ -54,10 +54,8 @@ test)
     shift
     install "[test]"
     cd "$here"
-    # a process a core and one more, since many tests wait for servers; one thread a process: quicker, and the same
-    # results on every machine
-    processes=$("$venv/bin/python" -c 'import os; print((os.cpu_count() or 1) + 1)')
-    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n "$processes" "$@"
+    # as many processes as tests/conftest.py says, one thread a process: quicker, and the same results on every machine
+    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n auto "$@"
     ;;
 quickstart)
     shift
