@@ -324,6 +324,7 @@ def test_bases_with_other_heads_hold_their_weights_once(copy: Lab, tmp_path: Pat
     assert answers[0] == answers[2]
     assert answers[1]["score"] == answers[0]["score"]
     assert {*answers[1]["prediction"]} <= {"good", "negative"}
+    assert first.predict({"text": []}, probabilities=True) == {"prediction": [], "score": [], "probabilities": []}
 
 
 # -------------------------------------------------------------------- predictions

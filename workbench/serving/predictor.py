@@ -154,9 +154,11 @@ class Predictor:
         Raises:
             DataError: a column is missing, or a cell is not what it should be.
         """
-        columns = self._columns(rows)
-        split, kept = self._encoded(columns)
+        columns, names = self._columns(rows), self.outputs(probabilities)
         count = len(next(iter(columns.values())))
+        if not count:
+            return {name: [] for name in names}
+        split, kept = self._encoded(columns)
         order = by_length(split, self.recipe.batch_size)
         with SharedBase.lock:
             self._model.base_model.attach()
@@ -168,7 +170,6 @@ class Predictor:
         if self.base.task == "TOKEN_CLS":
             found = [{"prediction": self._tags(columns["tokens"][i], row)} for i, row in zip(kept, found, strict=True)]
         answers: dict[int, Answer] = dict(zip(kept, found, strict=True))
-        names = self.outputs(probabilities)
         return {name: [answers.get(i, {}).get(name) for i in range(count)] for name in names}
 
     def measure(self, split: Split) -> Measured:
