@@ -33,15 +33,16 @@ def thin(trials: pd.DataFrame, most: int) -> pd.DataFrame:
     return pd.concat([trials.iloc[: most // 2], rest.iloc[np.linspace(0, len(rest) - 1, most - most // 2).astype(int)]])
 
 
+def _named(column: str, rows: pd.DataFrame, width: int) -> alt.Y:
+    """An axis with a name for each row, in the order of the rows, whose names may be that wide (pixels)."""
+    axis = alt.Axis(labelLimit=width, labelFlush=False, labelBound=False)
+    return alt.Y(f"{column}:N", sort=rows[column].tolist(), title=None, axis=axis)
+
+
 def importances(table: pd.DataFrame) -> Layers:
     """Bars, with a tick at what chance alone would come to."""
     base = alt.Chart(table).encode(
-        y=alt.Y(
-            "field:N",
-            sort=table["field"].tolist(),
-            title=None,
-            axis=alt.Axis(labelLimit=220, labelFlush=False, labelBound=False),
-        ),
+        y=_named("field", table, 220),
         tooltip=[
             alt.Tooltip("field:N", title="hyperparameter"),
             alt.Tooltip("importance:Q", format=".1%"),
@@ -132,12 +133,7 @@ def choices(table: pd.DataFrame, metric: str, labels: Sequence[str]) -> Layers:
         shown_high=rows["high"].clip(*ends),
     )
     base = alt.Chart(rows).encode(
-        y=alt.Y(
-            "name:N",
-            sort=rows["name"].tolist(),
-            title=None,
-            axis=alt.Axis(labelLimit=320, labelFlush=False, labelBound=False),
-        ),
+        y=_named("name", rows, 320),
         color=alt.Color("label:N", scale=colours, legend=None),
         tooltip=[
             alt.Tooltip("name:N", title="choice"),

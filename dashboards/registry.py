@@ -46,27 +46,26 @@ def page() -> None:
     heading, choice = st.columns([3, 2], vertical_alignment="bottom")
     heading.header("Registry", anchor=False)
     try:
-        table = registry.versions(uri)
-        names = list(dict.fromkeys(table["name"]))
-        if not names:
+        models = registry.versions(uri)
+        if not models:
             st.info("No model has been registered yet.", icon=":material/inventory_2:")
             _first_step(uri)
             return
-        address.hold(MODEL, names, names[0])
-        name = choice.selectbox("Registered model", names, key=MODEL)
+        address.hold(MODEL, models, next(iter(models)))
+        name = choice.selectbox("Registered model", list(models), key=MODEL)
         if address.get(MODEL) not in ("", name):
             for key in (VERSION, AGAINST):
                 address.put(key, None)
                 st.session_state.pop(key, None)
         address.put(MODEL, name)
-        versions = registry.versions_of(uri, name)
+        versions = models[name]
     except StorageError as error:
         st.error(str(error), icon=":material/database_off:")
         _first_step(uri)
         return
     if done := st.session_state.pop(MOVED, ""):
         st.success(done, icon=":material/check:")
-    version, before = _choose(versions, _table(table[table["name"] == name]))
+    version, before = _choose(versions, _table(registry.table(versions)))
     left, right = st.columns([3, 2], gap="large")
     with left:
         _changes(before, version)

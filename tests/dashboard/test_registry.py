@@ -51,7 +51,9 @@ def tables(test: Any) -> list[Any]:
 
 
 def test_what_is_registered_is_read_back(filled: str, tmp_path: Path):
-    table = registry.versions(filled)
+    models = registry.versions(filled)
+    assert [*models] == ["best", "other"]
+    table = registry.table([version for found in models.values() for version in found])
     assert table[["name", "version", "study", "value", "split"]].values.tolist() == [
         ["best", 2, "done", 0.77, "validation"],
         ["best", 1, "done", 0.71, "validation"],

@@ -154,11 +154,8 @@ def versions_of(tracking_uri: str, name: str) -> list[Version]:
         return list(_versions(client, name))
 
 
-def versions(tracking_uri: str) -> pd.DataFrame:
-    """One row a version of any model, by name, newest first.
-
-    Columns: `COLUMNS`, where aliases is a list; value, low and high are the metric of its study with its interval, on
-    the split named; created is UTC. What was not recorded is "" or NaN.
+def versions(tracking_uri: str) -> dict[str, list[Version]]:
+    """The versions of all models, by name; of each the newest first.
 
     Raises:
         StorageError: the store cannot be read.
@@ -166,8 +163,16 @@ def versions(tracking_uri: str) -> pd.DataFrame:
     client = open_client(tracking_uri)
     with storage_errors(tracking_uri):
         names = sorted(model.name for model in _pages(client.search_registered_models))
-        rows = [_row(version) for name in names for version in _versions(client, name)]
-    frame = pd.DataFrame(rows, columns=COLUMNS)
+        return {name: found for name in names if (found := list(_versions(client, name)))}
+
+
+def table(found: list[Version]) -> pd.DataFrame:
+    """One row a version, in this order.
+
+    Columns: `COLUMNS`, where aliases is a list; value, low and high are the metric of its study with its interval, on
+    the split named; created is UTC. What was not recorded is "" or NaN.
+    """
+    frame = pd.DataFrame([_row(version) for version in found], columns=COLUMNS)
     return frame.assign(created=pd.to_datetime(frame["created"], unit="ms", utc=True))
 
 
